@@ -50,6 +50,12 @@ def find_value_problems(config: Any) -> Problems:
     ]
 
 
+def refuse_problems(problems: Problems) -> None:
+    """Raise ValueError that names every problem, if there is one."""
+    if problems:
+        raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
+
+
 def _find_field_problems(hint: Any, value: Any) -> list[str]:
     kind, arguments = get_origin(hint), get_args(hint)
     if kind is tuple:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm.config import LEARNED, Decoder, DiffusionConfig, Variance
+from ddpm.config import LEARNED, Decoder, DiffusionConfig, Variance, refuse_problems
 from ddpm.gaussians import average_per_image, compute_decoder_log_likelihood, compute_normal_kl
 from ddpm.schedules import get_betas
 
@@ -44,8 +44,7 @@ class Diffusion:
         if betas is not None:
             values = tuple(betas.reshape(-1).tolist())
             config = replace(config, betas=values, timesteps=len(values))
-        if problems := config.find_problems():
-            raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
+        refuse_problems(config.find_problems())
         self.config = config
         self.tables = _compute_tables(get_betas(config))
         self.timesteps = torch.arange(config.timesteps)

@@ -86,10 +86,11 @@ def compute_bits_per_dim(
         reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
         terms.append(diffusion.compute_bound_terms(reverse, x, x_t, t, decoder))
         mse.append(average_per_image((reverse.x_0 - x) ** 2))
+    both = torch.stack((torch.cat(terms).double(), torch.cat(mse).double())).cpu()[:, position]
     return BoundTerms(
         torch.from_numpy(chosen),
-        torch.cat(terms).double().cpu()[position],
-        torch.cat(mse).double().cpu()[position],
+        both[0],
+        both[1],
         compute_prior(diffusion, x_0.double()).cpu(),  # in float32, rounding would be larger than it
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import rng
-from ddpm.config import DiffusionConfig, TrainConfig, find_value_problems
+from ddpm.config import DiffusionConfig, TrainConfig, find_value_problems, refuse_problems
 from ddpm.diffusion import Diffusion, Network
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
@@ -35,8 +35,7 @@ class TrainState:
 
     def __init__(self, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig) -> None:
         """Make the state before the first update. `net` is on its device and in its memory format already."""
-        if problems := find_value_problems(config):
-            raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
+        refuse_problems(find_value_problems(config))
         self.net, self.step = net, 0
         self.emas = [EMA(net, decay, config.ema_warmup) for decay in config.ema_decay]
         self.t_sampler = None

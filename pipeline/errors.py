@@ -52,7 +52,8 @@ def explain_network_error(error: Exception, uri: str = "") -> str:
     text = f"{error} {error.__context__}".lower()
     # SQLAlchemy may put a hint for programmers before the reason.
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(raised as a")]
-    reason = next((why for why in NETWORK_REASONS if why in text), [*lines, type(error).__name__][0])
+    lines = lines or [type(error).__name__]
+    reason = next((reason for reason in NETWORK_REASONS if reason in text), lines[0])
     values = re.sub(r"[?&;]\w+=", "?", uri)  # without the names of a query
     for word in re.split("[:@/?#&;=]", values):
         if len(word) > 2 and word not in hide_password(uri):

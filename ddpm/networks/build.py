@@ -70,7 +70,7 @@ def allocate_weights(net: nn.Module, device: torch.device | str) -> nn.Module:
     return net.to_empty(device=device) if is_empty else net.to(device)
 
 
-def check_output(net: nn.Module, shape: tuple[int, int, int], out_channels: int, takes_labels: bool) -> None:
+def check_network(net: nn.Module, shape: tuple[int, int, int], out_channels: int, takes_labels: bool) -> None:
     """Raise ValueError unless a network (on the CPU) can be trained and saved, and fits images of this shape."""
     if not isinstance(net, nn.Module) or not any(p.requires_grad and p.numel() for p in net.parameters()):
         raise ValueError("it is no torch.nn.Module with weights to train")

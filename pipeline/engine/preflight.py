@@ -10,7 +10,7 @@ from itertools import chain
 from math import prod
 
 from ddpm.diffusion import Diffusion
-from ddpm.networks.build import check_output
+from ddpm.networks.build import check_network
 from ddpm.networks.custom import CustomConfig
 from pipeline.compute.resources import count_local_devices, resolve_resources
 from pipeline.compute.units import GIB
@@ -85,7 +85,7 @@ def check_custom_network(experiment: Experiment) -> None:
         try:
             outputs = Diffusion(experiment.diffusion).count_output_channels(experiment.data.channels)
             net = checkpoint.create_network(experiment)
-            check_output(net, experiment.data.shape, outputs, experiment.model.takes_labels)
+            check_network(net, experiment.data.shape, outputs, experiment.model.takes_labels)
         except (Exception, SystemExit) as error:  # the code of its author may raise anything
             reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise PipelineError(f"model.name={experiment.model.name} cannot be trained: {reason}") from error

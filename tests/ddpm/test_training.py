@@ -133,16 +133,10 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
     def pass_to_network(context, share=0.25, first=0):
         settings, x_0 = config(label_dropout=share, batch_size=4000), torch.zeros(4000 - first, 1, 1, 1)
         state, rows = TrainState(settings, Affine(), DIFFUSION.config), torch.arange(first, 4000)
+        workers = 2 if first else 1
         train_step(
-            state,
-            DIFFUSION,
-            x_0,
-            rows,
-            config=settings,
-            seed=SEED,
-            context=context[rows],
-            world_size=2 if first else 1,
-        )
+            state, DIFFUSION, x_0, rows, config=settings, seed=SEED, context=context[rows], world_size=workers
+        )  # fmt: skip
         return state.net.seen[0][2]
 
     some = pass_to_network(labels)

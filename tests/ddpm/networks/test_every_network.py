@@ -13,7 +13,7 @@ from ddpm.config import DiffusionConfig, Range, TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks import NETWORKS, NO_LABEL, UNTRAINED, custom
-from ddpm.networks.build import CLASSES, build_network, check_output
+from ddpm.networks.build import CLASSES, build_network, check_network
 from ddpm.networks.custom import make_config_class
 from ddpm.sampler import add_guidance, sample
 from ddpm.training import TrainState, train_step
@@ -236,9 +236,6 @@ def test_weights_depend_on_the_seed_alone(name):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-REFUSED = {"Strange": r"\*\*more", "Held": "pair", "Unfit": "forward", "pickle": "such", "Gone": "such"}
-
-
 SPOILED = {
     "other.weight": lambda net: setattr(net, "other", net.conv),  # two names for one weight
     "_extra_state": lambda net: setattr(net, "__class__", Extra),
@@ -256,7 +253,7 @@ def test_a_network_that_cannot_be_trained_or_saved_is_refused(reason):
     net = build_network(find("Net"), 8, 1, 1, seed=0)
     SPOILED[reason](net)
     with pytest.raises(ValueError, match=reason):
-        check_output(net, (1, 8, 8), 1, takes_labels=False)
+        check_network(net, (1, 8, 8), 1, takes_labels=False)
 
 
 def leave(*_, **__):
@@ -275,6 +272,9 @@ def test_a_module_that_ends_the_program_cannot_be_imported(monkeypatch):
         make_config_class("script:Net")
 
 
+REFUSED = {"Strange": r"\*\*more", "Held": "pair", "Unfit": "forward", "pickle": "such", "Gone": "such"}
+
+
 def test_what_is_no_network_or_has_an_output_of_another_shape_or_type_is_refused():
     for name, reason in REFUSED.items():
         with pytest.raises(ValueError, match=reason):
@@ -282,7 +282,7 @@ def test_what_is_no_network_or_has_an_output_of_another_shape_or_type_is_refused
     outputs = {r"\(2, 1, 7, 8\)": lambda x: x[:, :, 1:], "float64": torch.Tensor.double, "tuple": tuple}
     for found, change in outputs.items():
         net = build_network(find("Net"), 8, 1, 1, seed=0)
-        check_output(net, (1, 8, 8), 1, takes_labels=True)
+        check_network(net, (1, 8, 8), 1, takes_labels=True)
         net.register_forward_hook(lambda _net, _inputs, output, change=change: change(output))
         with pytest.raises(ValueError, match=found):
-            check_output(net, (1, 8, 8), 1, takes_labels=False)
+            check_network(net, (1, 8, 8), 1, takes_labels=False)

@@ -199,9 +199,9 @@ MOVED = {  # the keys that a word moves
 
 @pytest.mark.parametrize("moved", MOVED)
 def test_what_extends_a_run_keeps_its_key_and_samples_and_scores_have_their_own(moved):
-    names = ("run", "samples", "score"), keys_of()
+    names, unmoved = ("run", "samples", "score"), keys_of()
     for word in MOVED[moved].split():
-        pairs = zip(*names, keys_of(word), strict=True)
+        pairs = zip(names, unmoved, keys_of(word), strict=True)
         assert [name for name, before, after in pairs if before != after] == moved.split(), word
     assert keys_of("train.lr_decay=linear")[0] != keys_of("train.lr_decay=linear", "train.steps=3000")[0]
 
