@@ -51,11 +51,13 @@ ONE_CPU = ["cluster.workers=0", "cluster.cpus_per_worker=1"]
 class FilesInTurn(LoadScopeScheduling):
     """Keeps each file in one process of `make test`, and all files that start Ray in the same one.
 
-    Two clusters at once would fight for the cores.
+    Two clusters at once would fight for the cores. Tests that are processes of their own (`make device`) are spread.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
+        if file.startswith("tests/device/"):
+            return nodeid
         return "ray" if "mark.ray" in (ROOT / file).read_text() else file
 
 

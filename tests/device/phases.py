@@ -43,8 +43,9 @@ class Phases:
         experiment = load_experiment(name if name == "celebahq256" else "cifar10", OPTIONS.get(name, []))
         self.model = NETWORKS[name]() if name in NETWORKS and name != "unet" else experiment.model
         self.shape, labels = experiment.data.shape, 10 if self.model.takes_labels else 0
-        accumulate = 8 if name == "celebahq256" else 1
-        self.config = replace(experiment.train, precision=precision, accumulate=accumulate)
+        # celebahq256: two of the eight parts of its batch of 64; each of the others holds and asks the same
+        part = {"batch_size": 16, "accumulate": 2} if name == "celebahq256" else {"accumulate": 1}
+        self.config = replace(experiment.train, precision=precision, **part)
         self.diffusion = Diffusion(experiment.diffusion)
         self.net = build_network(self.model, self.shape[1], self.shape[0], self.shape[0], 0, labels, "meta")
         self.net = fakecuda.move_to_device(accelerate(self.net))
