@@ -1,4 +1,4 @@
-"""The settings of the diffusion process and of training. Imports no torch, so that reading a configuration is fast."""
+"""The settings of the diffusion process and of training. Importing it loads no torch: configurations are read fast."""
 
 import math
 import operator

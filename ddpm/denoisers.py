@@ -1,7 +1,7 @@
 """The best denoisers of a set of images, in closed form: the linear one and the posterior mean. Nothing is trained.
 
-The linear one's error depends only on the variances l_j of the images along their D principal directions (in [-1, 1],
-over n).
+The linear one's error depends only on the variances l_j (sums divided by n) of the images, in [-1, 1], along their D
+principal directions.
 """
 
 import torch

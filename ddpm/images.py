@@ -1,4 +1,4 @@
-"""Conversion between pixels 0..255 and model values in [-1, 1]; no other module converts."""
+"""Conversion between pixels 0..255 and model values in [-1, 1]."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,8 @@
 """Algorithm 1 with Adam, learning-rate warm-up, gradient clipping and EMA (Appendix B and the authors' code).
 
 It joins network and diffusion, as `ddpm.model` does for a trained network. Every random number is a function of (seed,
-stream, step, row of the global batch), so neither the number of workers nor an interruption changes what is drawn.
+stream, step, row of the global batch), so neither the number of workers nor an interruption changes what is drawn. The
+exceptions are importance-sampled t, which depend on earlier losses, and torch's own dropout in a custom network.
 """
 
 import math

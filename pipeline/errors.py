@@ -16,7 +16,7 @@ class PipelineError(Exception):
 
 
 class TransientError(PipelineError):
-    """An error of the storage that may pass, as of a file server that fails over."""
+    """An error in writing that may pass, as of a file server that fails over."""
 
 
 class ConfigError(PipelineError):

@@ -1,9 +1,10 @@
 """Triton kernels of the U-Net for CUDA, layout NHWC: sum with the embedding, group norm, swish and dropout in one
 kernel each way; and the sum that ends a residual branch, with the biases of its convolutions.
 
-A program of the first works on one image and on as many whole groups as have COLUMNS channels. It goes over the pixels
-once for the sums and once for the result, and should find them in the L2 cache then. Sums are float32 and have one
-order, so results repeat bit by bit. The mask is `draw_kept`'s, drawn again on the way back instead of being kept.
+A program of the first kernel works on one image and on as many whole groups as have COLUMNS channels. It goes over
+the pixels once for the sums and once for the result, and should find them in the L2 cache then. Sums are float32 and
+have one order, so results repeat bit by bit. The mask is `draw_kept`'s, drawn again on the way back instead of being
+kept.
 """
 
 import torch

@@ -4,8 +4,8 @@ A tile of m x m outputs depends on (m+2) x (m+2) inputs. In the basis of the mat
 is an element-wise product, summed over channels: (m+2)^2 multiplications for m^2 outputs instead of 9 m^2. For all
 tiles of all images that is a matrix product for each of the (m+2)^2 places: y = A^T [ sum_c (G w G^T) * (B^T x B) ] A.
 Relative to float64, float32 errs by 2e-6 with m = 4 (6e-7 without Winograd), bf16 by 7e-3 with m = 2 (3e-3), and its
-gradients by 7e-3, that of w by up to 1e-2 in a channel. Small batches go without it (`ddpm.kernels.cpu`): so an image's
-result depends, by rounding, on the number of images of a call.
+gradients by 7e-3, that of w by up to 1e-2 in a channel. Small batches do without it (`ddpm.kernels.cpu`), so rounding
+depends on the number of images of a call.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,6 +1,6 @@
 """The commands of `ddpm`: one function each, from parsed arguments to an exit code (None = 0).
 
-Functions import modules after they have checked the configuration, so that a command loads only what it needs.
+Functions import modules when they need them, most of them after the configuration is checked.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ ADDRESS = _declare(
 
 
 def _make_stage_command(name: str, text: str, examples: str) -> Command:
-    """Return the command that runs all stages up to the named one."""
+    """Return the command that runs the named stage, and the stages that it needs."""
     arguments, examples = (*EXPERIMENT, ACCEPT_CODE), examples + CONFIGURATIONS + GOES_ON
     return Command(name, do.run_experiment, text, examples, arguments, do.check_submitted_run)
 
@@ -144,7 +144,7 @@ The same command again continues. A study that is shorter than the paper's says 
         _declare("--budget", default="full", metavar="STEPS | TIME | full",
             help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full"), *STUDY,
     ), do.check_submitted_study),
-    Command("status", do.show_status, "show the runs, their stages, progress and scores", """\
+    Command("status", do.show_status, "show the runs, their state, progress and scores", """\
   ddpm status --watch cluster.storage=/data/runs      the runs of another storage root, until Ctrl-C
 """, (_declare("--watch", action="store_true", help="show it again every few seconds"), *CLUSTER_ONLY)),
     Command("import", do.import_weights, "make a run of published weights in the diffusers layout", f"""\

@@ -1,7 +1,7 @@
 """The pool of a command: Ray actors for the units that use a network, Ray tasks for the others.
 
 An actor keeps its GPU or CPUs, and the network of its last unit, until it ends. CUDA reads only once which GPUs a
-process may use; so the process of a task, which Ray gives to a task with another GPU, would still use the first one.
+process may use. Ray may use a task's process again for another GPU, but the process would keep the first one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Pool:
     def run_units(self, units: Sequence[Unit], done: WhenDone, costs: list[Cost]) -> None:
         """Run the units, one at a time on each actor, and call `done` with each finished unit.
 
-        A unit whose actor dies, or that has a transient error, is given to another actor, `cluster.retries` times.
+        A unit whose process dies, or that has a transient error, is done again at once, `cluster.retries` times.
         """
         self.losses = Counter()
         self.waiting = {kind: [u for u in reversed(units) if u.needs_gpu == kind] for kind in (True, False)}

@@ -204,6 +204,6 @@ class Experiment:
         return replace(self, selected=SelectedCheckpoint(step, candidates, rule))
 
     def keeps_checkpoint(self, step: int) -> bool:
-        """Return whether the checkpoint of `step` is never deleted."""
+        """Return whether `train.keep_every` or `evaluate.checkpoints` keeps the checkpoint of `step` for ever."""
         every = (self.train.keep_every, self.evaluate.checkpoint_interval)
         return any(number is not None and step % number == 0 for number in every)

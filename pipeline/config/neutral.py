@@ -1,7 +1,7 @@
 """Settings at neutral values, which no key contains, so that a new option changes no key of an old run.
 
-A new option needs a line in NEUTRAL: the value at which everything is as it was before the option. There it is left
-out of every key, and a file that was written before the option means that value.
+Give a new option the value of the old behaviour: in NEUTRAL, or in UNHASHED if no value of it changes a result. No key
+contains that value, and a file that was written before the option means it.
 """
 
 from collections.abc import Collection, Mapping
@@ -40,7 +40,7 @@ NEUTRAL: Tree = {
     "evaluate.variance": None,
 }
 
-# These move a number by the order of its sums at most, which meta.json and the protocols record: no key hashes them.
+# These move a number by the order of its sums at most: no key hashes them.
 UNHASHED: Tree = {
     "model.recompute": 0,
     "train.accumulate": 1,

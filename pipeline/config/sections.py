@@ -1,4 +1,4 @@
-"""The sections of an experiment and of a cluster; `conf/cifar10.yaml` explains every key.
+"""The sections of an experiment and of a cluster; `conf/cifar10.yaml` and `conf/cluster/local.yaml` explain the keys.
 
 The types say what a key may hold (`checks` reads them); `find_problems` compares several keys of a section.
 The settings of the science (diffusion, model, train) stand beside the code that they configure, in `ddpm`.

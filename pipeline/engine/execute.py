@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept_code: bool = False) -> Place:
-    """Run the unfinished stages up to and including `last`. Raises StopRequest, PipelineError.
+    """Run `last`, and the stages that it needs, unless they are done. Raises StopRequest, PipelineError.
 
     accept_code: whether to continue a run of other code.
     """

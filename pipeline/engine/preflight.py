@@ -1,4 +1,4 @@
-"""Checks of disk and memory before a run starts."""
+"""What a run will need, before it starts: its processes and the disk are checked, its memory is printed."""
 
 from __future__ import annotations
 

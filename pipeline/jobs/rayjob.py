@@ -1,4 +1,4 @@
-"""A command as a RayJob of KubeRay: its own cluster, which a queue can hold back, and which ends with the command."""
+"""A command as a RayJob of KubeRay: a cluster of its own, which ends with the command. A queue may delay its start."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """FID, IS, KID, precision and recall of features.
 
 FID and IS come from float64 sums that merge by addition, so their memory does not grow with the number of images,
-apart from a few bytes an image. KID, precision and recall compare single images, so they take all features at once.
-The last step of each is torch-fidelity's own; its import takes seconds, so the functions import it.
+except for a few bytes for each image. KID, precision and recall compare single images, so they take all features at
+once. The last step of FID, KID, precision and recall is torch-fidelity's own; its import takes seconds, so the
+functions import it.
 """
 
 from collections.abc import Iterable

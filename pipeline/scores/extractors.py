@@ -1,4 +1,4 @@
-"""The registry of feature extractors. A new one is one module and one entry here."""
+"""The registry of feature extractors. A new one is one module, one entry here and a name in `EvaluateConfig`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

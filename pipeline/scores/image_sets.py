@@ -1,6 +1,6 @@
 """Image sets as files of features, and the units that write them: of shards, and of images of a Gaussian or of noise.
 
-Features are stored under the hash of the tar and of the extractor, so they are used again exactly where they are
+The features of a tar are stored under its hash and that of the extractor, so they are used again exactly where they are
 valid.
 """
 

@@ -1,6 +1,7 @@
 """The registry of metrics, by the names of scores in metrics.json and MLflow, and the types of the files of scores.
 
-A new metric is one entry here. This module imports nothing heavy: errors in a configuration list its names.
+A new metric is one entry here, and the code that computes it (docs/extend.md). This module imports nothing heavy:
+errors in a configuration list its names.
 """
 
 import math
@@ -123,7 +124,7 @@ def add_error(scores: Scores, name: str, error: float | None, reason: str = "") 
 
 
 class Results(TypedDict, total=False):
-    """The contents of metrics.json. `pipeline.report.page.PROTOCOL` has the keys of a protocol.
+    """The contents of metrics.json. `pipeline.report.page.PROTOCOL` has the keys of a protocol that pages show.
 
     reference_points: the scores of the baselines.
     class_shares: the share of each class among the samples, as the classifier sees them.

@@ -1,4 +1,4 @@
-"""The base class of all stages. The engine asks a stage these questions, and decides nothing by its name."""
+"""The base class of all stages. The engine asks a stage these questions, and plans nothing by its name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pipeline.store.run import Place
 class Stage(ABC):
     """A part of a run that consists of units, and is done or not.
 
-    name: what people type.
+    name: the command that people type; `select` runs with the stages that need it.
     selects_checkpoint: it makes the selection.
     uses_checkpoint: it works on the checkpoint that sample.checkpoint means.
     adds_to_run: it trains or draws; other code of `ddpm/` may do so only if the user accepts it.

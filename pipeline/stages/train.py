@@ -235,7 +235,8 @@ class _LogSums:
 class _CheckpointSaver:
     """Writes checkpoints in a thread of rank 0, one at a time, while training continues.
 
-    Every rank reports a checkpoint once it is on disk: before the next one is written, or at the end.
+    Every rank reports a checkpoint once it is on disk: before the next one is written, or at the end. Then old ones are
+    deleted.
     """
 
     def __init__(self, ctx: Worker, place: Place, thread: ThreadPoolExecutor):

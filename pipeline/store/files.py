@@ -1,8 +1,9 @@
 """Atomic writing, hashing, manifests and locks of files.
 
-Every file is written under a temporary name and renamed, so a file with its final name is whole. A manifest with sizes
-and sha256 is written last, so a folder that has one is complete. Code that shows, sends or uses a file compares its
-sha256. To check that work is done, `.sealed.json` is enough: size and times of the files when they were compared.
+A result is written under a temporary name and renamed, so a file with its final name is whole (logs grow line by line).
+A manifest with sizes and sha256 is written last, so a folder that has one is complete. Code that shows, sends or uses a
+file compares its sha256. To see that work is done, `.sealed.json` is enough: it has the size and times of each file
+when it was compared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keys: hashes of content, without paths, so equal keys mean equal numbers.
 
-`pipeline.config.neutral` decides which values of a section are hashed. VERSION counts the rules of this module: runs
-of an earlier version have other keys.
+A key leaves out what cannot change its content: here whole settings, in `pipeline.config.neutral` single values.
+VERSION counts the rules of this module: runs of an earlier version have other keys.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Paths and keys of a run, its data and the storage root. Only `store` names files."""
+"""Paths and keys of a run, its data and the storage root. Only `store` names the files that others find."""
 
 import math
 import re

@@ -17,7 +17,7 @@ from pipeline.engine.code import hash_code
 
 PAGE = (ROOT / "docs" / "extend.md").read_text()
 SETTINGS = [
-    "data.source=csv", "data.test_images=4", "diffusion.beta_schedule=sigmoid", "sample.sampler=mean",
+    "data.source=csv", "data.test_images=4", "diffusion.beta_schedule=logistic", "sample.sampler=mean",
     "evaluate.features=histogram", "evaluate.metrics=[fid,distance]", "figures.which=[average]",
 ]  # fmt: skip
 

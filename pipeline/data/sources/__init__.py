@@ -1,4 +1,4 @@
-"""Image sources: one class for each value of `data.source`.
+"""Image sources: what opens each value of `data.source`.
 
 A new source is a class with the members of `ImageSource` and a line in `SOURCES`.
 """

@@ -1,4 +1,4 @@
-"""The base classes of image sources, their splits, and the one rule for where files are and what split a name means."""
+"""The base classes of image sources, and how their files and splits are found."""
 
 import hashlib
 import json

@@ -1,9 +1,9 @@
 """Encoded images in parquet files, in the layout of the Hugging Face hub.
 
-`data.path` is a file, or a folder whose files at any depth belong to the split that their name, or else that of a
-folder on the way, says: train, and test or else val (`base.find_split`); names that say nothing are the train split
-if nothing else is. The images are the column data.image_column, or else the one of the type struct<bytes: binary,
-path: string>, or the one binary column; `label` holds integers.
+`data.path` is a file, or a folder with files at any depth. A file's name, or that of a folder on the way to it, says
+its split: train, and test or else val (`base.find_split`). Files that say nothing are train if no others are. The
+images are the column data.image_column, or else the one of the type struct<bytes: binary, path: string>, or the one
+binary column; `label` holds integers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The evaluate stage: which units are missing, their order, and the seal.
 
-A unit makes the features of one tar (`pipeline.scores.image_sets`), or the bound of one range of test images
+A unit makes the features of one tar (`pipeline.scores.image_sets`), or the bound of some images
 (`bound`). A unit's file is named after all that it depends on, so asking for another metric repeats nothing.
 """
 

@@ -1,7 +1,7 @@
 """The distance to the optimum by noise level. The optimum is the posterior mean of x_0, which two estimators bound.
 
-The best linear denoiser is known everywhere, in closed form. The posterior mean over the training images is an upper
-bound on other images, and below the optimum on the training images themselves: where both agree, the optimum is known.
+The best linear denoiser is known everywhere, in closed form. The error of the posterior mean over the training images
+is above the optimum for other images, and below it for these images. Where both agree, the optimum is known.
 """
 
 from dataclasses import replace
