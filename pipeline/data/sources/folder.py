@@ -1,7 +1,8 @@
 """Image files in a folder: flat, or one sub-folder for each class; any format that Pillow reads.
 
 Folders whose names say train, and test or else val (`base.find_split`), are the splits; from any other set,
-data.test_images are set aside by a fixed permutation. Classes are numbered in the order of their folders' names.
+data.test_images are set aside by a fixed permutation. Classes are numbered in the order of their folders' names. Of a
+file with several pictures (a TIFF stack, an animation) the first one is read.
 """
 
 from collections import defaultdict
