@@ -52,10 +52,18 @@ def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: 
     """Return a table as text, at most as wide as the terminal; the first column is never cut."""
     import shutil
 
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*headings, title=title, title_justify="left")
+    table = Table(
+        *headings,
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.columns[0].no_wrap = True
     for column in table.columns:
         column.overflow = "fold"

@@ -133,9 +133,10 @@ def describe_protocol(board: Leaderboard) -> str:
 
 
 def format_text(board: Leaderboard) -> str:
+    """Return the leaderboard as a narrow table; the pages have room for what is the same in all rows."""
     rows = make_rows(board, as_text=True)
-    headings = rows[0] if rows else ()
-    kept = [heading for heading in headings if heading != "difference"]  # the pages have room for it
+    kept = [key for key in (rows[0] if rows else ()) if key != "difference"]
+    kept = [key for key in kept if key == "rank" or len(rows) == 1 or len({row[key] for row in rows}) > 1]
     names = [shorten_key(heading).partition(",")[0] for heading in kept]
     cells = [[str(row[heading]) for heading in kept] for row in rows]
     return format_table(names, cells, f"{board.sweep.name}: {board.headline}")
