@@ -16,6 +16,19 @@ def encode(image: np.ndarray, kind: str = "png", **options) -> bytes:
     return file.getvalue()
 
 
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+
+
+def draw_numbered(count: int, start: int = 0) -> np.ndarray:
+    """Images, the i-th of which has the grey level 6 i."""
+    return np.arange(start, start + count, dtype=np.uint8).repeat(8 * 8 * 3).reshape(-1, 8, 8, 3) * 6
+
+
+def encode_numbered(count: int, start: int = 0) -> list[bytes]:
+    return list(map(encode, draw_numbered(count, start)))
+
+
 def save(path: Path, image: np.ndarray, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, **options)
