@@ -191,12 +191,8 @@ def test_fingerprints_move_only_where_a_set_was_not_read_rightly_before(tmp_path
     assert now.startswith(expected) and (now == found.compute_fingerprint()) == bool(expected)
 
 
-PALE = (200, 0, 0, 0)
-IN_A_CHANNEL = {
-    "RGBA": Image.new("RGBA", (8, 8), PALE),
-    "LA": Image.new("LA", (8, 8), (77, 0)),
-    "PA": Image.new("RGBA", (8, 8), PALE).quantize(4),
-}
+CLEAR = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+IN_A_CHANNEL = {"RGBA": CLEAR, "LA": Image.new("LA", (8, 8), (77, 0)), "PA": CLEAR.quantize(4)}
 BY_COLOUR = {  # bits, PNG's type of colour, a pixel or eight, the transparent colour
     "tRNS of L": (8, 0, bytes([77] * 8), [77]),
     "tRNS of 1": (1, 0, b"\xff", [1]),
@@ -206,21 +202,18 @@ BY_COLOUR = {  # bits, PNG's type of colour, a pixel or eight, the transparent c
 }
 
 
-def write_transparent(file: Path, kind: str) -> None:
-    if kind in IN_A_CHANNEL:
-        return IN_A_CHANNEL[kind].save(file)
-    bits, colour, row, key = BY_COLOUR[kind]
-    with file.open("wb") as png:
-        png.write(b"\x89PNG\r\n\x1a\n")
-        putchunk(png, b"IHDR", struct.pack(">2I5B", 8, 8, bits, colour, 0, 0, 0))
-        putchunk(png, b"tRNS", struct.pack(f">{len(key)}H", *key))
-        putchunk(png, b"IDAT", zlib.compress((b"\0" + row) * 8))
-        putchunk(png, b"IEND")
-
-
 @pytest.mark.parametrize("kind", [*IN_A_CHANNEL, *BY_COLOUR])
 def test_transparent_pixels_are_refused_or_laid_on_a_background(tmp_path, kind):
-    write_transparent(tmp_path / "a.png", kind)
+    with (tmp_path / "a.png").open("wb") as png:
+        if kind in IN_A_CHANNEL:
+            IN_A_CHANNEL[kind].save(png, "png")
+        else:
+            bits, colour, row, key = BY_COLOUR[kind]
+            png.write(b"\x89PNG\r\n\x1a\n")
+            putchunk(png, b"IHDR", struct.pack(">2I5B", 8, 8, bits, colour, 0, 0, 0))
+            putchunk(png, b"tRNS", struct.pack(f">{len(key)}H", *key))
+            putchunk(png, b"IDAT", zlib.compress((b"\0" + row) * 8))
+            putchunk(png, b"IEND")
     for channels in (1, 3):
         message = r"a\.png is transparent in part; set data\.background"
         assert_read_fails(message, "folder", tmp_path, channels=channels)
@@ -326,8 +319,15 @@ def test_a_damaged_database_is_named(tmp_path, seed):
     assert_read_fails(r"data\.mdb", "lmdb", tmp_path)
 
 
-def test_lsun_splits_are_its_databases_and_those_that_cannot_be_used_are_named(tmp_path, monkeypatch):
-    lsun = tmp_path / "lsun"
+def test_splits_of_lsun_are_databases_and_those_that_cannot_be_used_are_named(tmp_path, monkeypatch):
+    dogs, lsun = tmp_path / "dogs", tmp_path / "lsun"
+    write_lmdb(dogs / "Dog-Testing", [b"image"])
+    assert_read_fails("nor a single train database", "lmdb", dogs)
+    for name, count in (("Cat-Training", 3), ("Cat-Testing", 2)):
+        write_lmdb(dogs / name, [b"image"] * count)
+    found = reader("lmdb", dogs)
+    assert (found.splits, found.skipped) == ({"train": 3, "test": 2}, {"database Dog-Testing": 1})
+    assert reader("lmdb", dogs / "Cat-Testing").splits == {"train": 2}
     write_lmdb(lsun / "church_outdoor_train_lmdb", encode_numbered(20))
     write_lmdb(lsun / "church_outdoor_val_lmdb", encode_numbered(5, 20))
     forms = [config("lmdb", lsun), config("lmdb", lsun / "church_outdoor_train_lmdb", test_images=3)]
@@ -349,13 +349,3 @@ def test_lsun_splits_are_its_databases_and_those_that_cannot_be_used_are_named(t
         assert_fingerprint_fails(rf"data\.mdb {reason} .*fetch it again", "lmdb", file.parent)
     monkeypatch.setitem(sys.modules, "lmdb", None)
     assert_fingerprint_fails(r"data\.source=lmdb needs the package lmdb: pip install lmdb", "lmdb", lsun)
-
-
-def test_a_database_finds_its_test_part_by_the_one_rule(tmp_path):
-    write_lmdb(tmp_path / "Dog-Testing", [b"image"])
-    assert_read_fails("nor a single train database", "lmdb", tmp_path)
-    for name, count in (("Cat-Training", 3), ("Cat-Testing", 2)):
-        write_lmdb(tmp_path / name, [b"image"] * count)
-    found = reader("lmdb", tmp_path)
-    assert (found.splits, found.skipped) == ({"train": 3, "test": 2}, {"database Dog-Testing": 1})
-    assert reader("lmdb", tmp_path / "Cat-Testing").splits == {"train": 2}

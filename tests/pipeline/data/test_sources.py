@@ -156,7 +156,6 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path):
 
 def python2_pickle(data: np.ndarray, labels: list[int]) -> bytes:
     """The opcodes that Python 2's cPickle and NumPy 1 wrote into the official batches."""
-
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     state = b"(K\x01" + struct.pack("<cHcH", b"M", len(data), b"M", data.shape[1]) + b"\x86" + dtype + b"\x89"
