@@ -104,7 +104,6 @@ def test_a_kept_step_can_be_scored_but_not_resumed(tiny_run, caplog):
 
 
 def test_a_missing_step_and_the_weights_of_another_network_are_refused(tiny_run):
-    saved(tiny_run, 2)
     checkpoint.save_checkpoint(tiny_run.locate_step(2), TENSORS, EMA, 2)
     for step, complaint in ((5, r"no checkpoint of step 5 \(there are: 2\)"), (2, "another network")):
         with pytest.raises(PipelineError, match=complaint):
