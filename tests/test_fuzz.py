@@ -123,7 +123,6 @@ plain = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 odd = st.sampled_from([*ODD.split(), *SPACED, *(letter * 300 for letter in "x1/")])
 value = odd | st.integers().map(str) | st.floats().map(repr) | plain
 key = st.sampled_from(KEYS) | plain.map(lambda text: text.replace("=", ""))
-override = st.builds("{}={}".format, key, value)
 part = key.map(lambda text: text.partition(".")[0])
 name = key.map(lambda text: text.rpartition(".")[2])
 line = st.builds("{}: {}".format, part, value) | st.builds("{}: {{{}: {}}}".format, part, name, value)
@@ -163,7 +162,6 @@ def read_results(storage: Path) -> dict[str, bytes]:
 
 
 def damage(path: Path, kind: str, place: int, value: object, others: list[Path]) -> None:
-    """Damage a file in one way."""
     content, at = path.read_bytes(), place % max(1, path.stat().st_size)
     path.unlink()
     if kind in ("folder", "fifo", "link"):
@@ -225,7 +223,7 @@ def run_fuzz(cases: int, damages: int, number: int) -> int:
     twin = Path("twin").absolute()
     for own in (0, 1):
         call([*RUN, f"seed={own}", f"cluster.storage={twin}"], "the twin", 600)  # with all imports
-    lines = st.tuples(heads, st.lists(override, max_size=4), file)
+    lines = st.tuples(heads, st.lists(st.builds("{}={}".format, key, value), max_size=4), file)
     faults = run_cases("cases", check_command_line, lines, cases, number)
     kinds = st.sampled_from(DAMAGES), st.integers(0, 10**6), st.sampled_from(VALUES)
     damaged = st.tuples(st.sampled_from(list_files(twin)), *kinds)

@@ -45,8 +45,7 @@ def problems(name: str, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted({*EXPERIMENTS, *PARAMETERS}))
 def test_every_experiment_loads_and_has_its_parameter_count(name):
-    experiment = config.load_experiment(name, [])
-    net = checkpoint.create_network(experiment, torch.device("meta"))
+    net = checkpoint.create_network(config.load_experiment(name, []), torch.device("meta"))
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
 
 

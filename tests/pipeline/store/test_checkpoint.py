@@ -60,10 +60,8 @@ def keeping(run, keep, keep_every=None, checkpoints=None, every=1, steps=()):
 
 
 @pytest.mark.parametrize(("rules", "left"), [
-    ({"keep": 2}, [5, 6, 8]),
-    ({"keep": 2, "keep_every": 2}, [2, 4, 5, 6, 8]),
-    ({"keep": 1, "checkpoints": "every:3"}, [3, 6, 8]),
-    ({"keep": 1, "checkpoints": "all"}, [6, 8]),
+    ({"keep": 2}, [5, 6, 8]), ({"keep": 2, "keep_every": 2}, [2, 4, 5, 6, 8]),
+    ({"keep": 1, "checkpoints": "every:3"}, [3, 6, 8]), ({"keep": 1, "checkpoints": "all"}, [6, 8]),
     ({"keep": 2, "every": 2}, [4, 6, 8]),  # 1, 3 and 5 are of interruptions
     ({"keep": 2, "every": 4}, [4, 6, 8]),  # as 6 is, but it is the newest
 ])  # fmt: skip

@@ -102,8 +102,7 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
 
 
 def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
-    for new, old in names.items():
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}.items():
         tensors = {re.sub(rf"\.{new}\.", f".{old}.", name): tensor for name, tensor in tensors.items()}
     return tensors
 

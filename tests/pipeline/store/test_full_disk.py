@@ -40,12 +40,8 @@ def fill(disk):
     (disk / "ballast").write_bytes(bytes(free - 8192))
 
 
-FAULTS = {
-    "full": (fill, lambda disk: (disk / "ballast").unlink(), "No space left on device"),
-    "read-only": (
-        partial(mount, "-o", "remount,ro"), partial(mount, "-o", "remount,rw"), "Read-only file system",
-    ),
-}  # fmt: skip
+FULL = (fill, lambda disk: (disk / "ballast").unlink(), "No space left on device")
+READ_ONLY = (partial(mount, "-o", "remount,ro"), partial(mount, "-o", "remount,rw"), "Read-only file system")
 
 
 def made(root, stage):
@@ -53,9 +49,9 @@ def made(root, stage):
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize(("stage", "fault"), [*((stage, "full") for stage in STAGES), ("shard", "read-only")])
+@pytest.mark.parametrize(("stage", "fault"), [*((stage, FULL) for stage in STAGES), ("shard", READ_ONLY)])
 def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path, stage, fault):
-    breaks, mends, words = FAULTS[fault]
+    breaks, mends, words = fault
     run = make_place(tiny_experiment(), disk)
     elsewhere = dataclasses.replace(run, storage=tmp_path / "elsewhere")
     for earlier in list(STAGES)[: list(STAGES).index(stage)]:

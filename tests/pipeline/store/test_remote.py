@@ -191,24 +191,17 @@ def test_the_program_names_a_fault_in_a_line_and_no_secret(run, s3, server, tmp_
         assert error.startswith("error: ") and len(error.splitlines()) == 1
 
 
-PUSH = """
-import sys
-from pipeline.cli.program import main
-from pipeline.store import remote
-remote.LIMIT = 1
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("address, words", [
     ("s3://b/p?endpoint_override={}&scheme=http&region=x", "does not answer within 1 s"),
     ("gs://anonymous@b/p?endpoint_override={}&scheme=http", "does not answer within 1 s"),
     ("abfs://c@a.dfs.core.windows.net/p", "set AZURE_TENANT_ID"),
 ], ids=("s3", "gs", "azure"))  # fmt: skip
 def test_a_store_that_does_not_answer_is_not_waited_for(run, address, words):
+    code = "import sys; from pipeline.cli.program import main; from pipeline.store import remote; "
+    code += "remote.LIMIT = 1; sys.exit(main(sys.argv[1:]))"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = address.format("{}:{}".format(*silent.getsockname()))
-        command = [sys.executable, "-c", PUSH, "push", run.path.name, uri, f"cluster.storage={run.storage}"]
+        command = [sys.executable, "-c", code, "push", run.path.name, uri, f"cluster.storage={run.storage}"]
         keys = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"), "x")
         environment = {**os.environ, **keys, "no_proxy": "127.0.0.1"}
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
