@@ -98,8 +98,7 @@ def test_other_code_does_not_train_or_draw_unasked(checkout, empty_store, tmp_pa
     assert ddpm("evaluate")[0] == 0, "scores go on, and name both"
     (metrics,) = run.glob("evaluation/*/metrics.json")
     assert first in metrics.read_text() and second in metrics.read_text()
-    status, printed = ddpm("train", "train.steps=8")
-    assert status == 1, "an evaluation by other code is no consent"
+    assert ddpm("train", "train.steps=8")[0] == 1, "an evaluation by other code is no consent"
     assert ddpm("train", "train.steps=8", "--accept-code")[0] == 0
     assert list(config.read_provenance(run / "experiment.yaml")["codes"].values())[1] == second
     assert (run / f"{second[-8:]}.patch").read_text().count("OTHER = 1")

@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from urllib.request import Request, urlopen
 
 import boto3
 import pytest
 import torch
-from conftest import flip_bit, tiny_experiment
+from conftest import flip_bit, read_files, tiny_experiment
 from moto.server import ThreadedMotoServer
 
 from pipeline.cli.program import main
@@ -70,16 +69,12 @@ def objects(s3) -> dict[str, bytes]:
     return {entry["Key"]: s3.get_object(Bucket="runs", Key=entry["Key"])["Body"].read() for entry in listed}
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_what_is_finished_arrives_byte_for_byte_and_what_is_there_does_not_travel_again(run, s3, tmp_path):
     push = partial(remote.push_run, run.path.name, run.storage, "s3://runs/team/a")
     pull = partial(remote.pull_run, f"s3://runs/team/a/{run.path.name}", tmp_path)
     assert ", 0 were there" in push() and ": 0 files sent" in push()
     told = pull()
-    there, here = files(tmp_path / run.path.name), files(run.path)
+    there, here = read_files(tmp_path / run.path.name), read_files(run.path)
     stays = ("tracking.json", ".lock", ".sealed.json")
     wanted = {name: here[name] for name in here if "bbbbbbbbbbbb" not in name and not name.endswith(stays)}
     assert {name: there[name] for name in there.keys() - {".lock"}} == wanted
