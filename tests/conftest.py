@@ -110,6 +110,12 @@ def flip_bit(file: Path, place: int = -1) -> None:
     file.write_bytes(content)
 
 
+def read_files(root: Path, *patterns: str) -> dict[str, bytes]:
+    """The content of all files of a folder, or of those, by their paths in it."""
+    found = [path for pattern in patterns or ("**/*",) for path in root.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in found}
+
+
 def read_losses(run: Path) -> list[tuple[int, float]]:
     points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [(point["step"], point["metrics"]["train/loss"]) for point in points]

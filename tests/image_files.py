@@ -1,7 +1,7 @@
 """Sets of images in the form of each source."""
 
 import io
-from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,19 @@ def encode(image: np.ndarray, kind: str = "png", **options) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind, **options)
     return file.getvalue()
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+
+
+def draw_numbered(count: int, start: int = 0) -> np.ndarray:
+    """Images, the i-th of which has the grey level 6 i."""
+    return np.arange(start, start + count, dtype=np.uint8).repeat(8 * 8 * 3).reshape(-1, 8, 8, 3) * 6
+
+
+def encode_numbered(count: int, start: int = 0) -> list[bytes]:
+    return list(map(encode, draw_numbered(count, start)))
 
 
 def save(path: Path, image: np.ndarray, **options) -> Path:
@@ -52,15 +65,17 @@ def write_arrays(root: Path, **arrays) -> Path:
     return root
 
 
-def write_shards(folder: Path, images: np.ndarray, counts: Sequence[int], classes: int = 7) -> Path:
-    shards, start = [], 0
-    for number, count in enumerate(counts):
-        shard = tars.Shard(folder, f"train-{number:05d}.tar", "train", start, start + count)
-        labels = {i: i % classes if classes else None for i in range(start, start + count)}
-        shard.write(tars.Record(f"train-{i:08d}", tars.encode_png(images[i]), labels[i]) for i in labels)
-        shards.append(shard.require_facts())
-        start += count
-    tars.write_shard_manifest(folder, {"train": shards}, image_size=images.shape[1], channels=images.shape[3])
+def write_shards(folder: Path, images, counts, classes=7, splits=("train",), others=(), **facts) -> Path:
+    """Shards of so many images each, the same ones in each split, sealed with other files of the folder."""
+    shards: dict[str, list] = {split: [] for split in splits}
+    for split in splits:
+        for number, (start, stop) in enumerate(pairwise(accumulate(counts, initial=0))):
+            shard = tars.Shard(folder, f"{split}-{number:05d}.tar", split, start, stop)
+            label = {i: i % classes if classes else None for i in range(start, stop)}
+            shard.write(tars.Record(f"{split}-{i:08d}", tars.encode_png(images[i]), label[i]) for i in label)
+            shards[split].append(shard.require_facts())
+    facts |= {"image_size": images.shape[1], "channels": images.shape[3]}
+    tars.write_shard_manifest(folder, shards, others, **facts)
     return folder
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import yaml
+from image_files import noise, write_shards
 from PIL import Image
 
 from pipeline import config
-from pipeline.config import DataConfig, Experiment
+from pipeline.config import Experiment
 from pipeline.store import files as rundir
-from pipeline.store import keys, tars
+from pipeline.store import keys
 from pipeline.store.run import Place
 
 BEGAN = 1_700_000_000_000  # Unix milliseconds
@@ -32,33 +33,22 @@ def make_run(
     }  # fmt: skip
     tree = config.to_dict(experiment) | {"made_with": made_with}
     rundir.write_text(run.experiment_yaml, yaml.safe_dump(tree, sort_keys=False))
-    labels = experiment.data.labels
-    write_images(run.data, experiment.data, ("train", "test"), fingerprint="synthetic", labels=labels)
+    data = experiment.data
+    images, facts = noise(8, data.image_size, data.image_size, data.channels), {"fingerprint": "synthetic"}
+    write_shards(run.data, images, (8,), 0, ("train", "test"), **facts, labels=data.labels)
     write_log(run, 0, experiment.train.steps, experiment.train.log_every)
     for step in (experiment.train.steps - experiment.train.checkpoint_every, experiment.train.steps):
         write_checkpoint(run, step)
         write_grid(run.locate_grid(step), experiment)
     if scores:
         write_grid(run.samples_grid, experiment, 10)
-        write_images(run.samples, experiment.data, ("samples",), "grid.png")
+        write_shards(run.samples, images, (8,), 0, ("samples",), ("grid.png",))
         write_scores(run.scores, experiment)
         captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}
         for figure in captions:
             write_grid(run.figures / figure, experiment)
         rundir.write_manifest(run.figures, list(captions), order=list(captions), captions=captions)
     return run
-
-
-def write_images(folder: Path, data: DataConfig, splits: tuple[str, ...], *others: str, **facts: Any) -> None:
-    """Shards with eight images in each split, sealed with other files of the folder."""
-    shape, shards = (8, data.image_size, data.image_size, data.channels), {}
-    images = np.random.default_rng(4).integers(0, 256, shape, dtype=np.uint8)
-    for split in splits:
-        shard = tars.Shard(folder, f"{split}-00000.tar", split, 0, len(images))
-        shard.write(tars.Record(f"{i:08d}", tars.encode_png(image), None) for i, image in enumerate(images))
-        shards[split] = [shard.require_facts()]
-    shape = {"image_size": data.image_size, "channels": data.channels}
-    tars.write_shard_manifest(folder, shards, others, **shape, **facts)
 
 
 def write_log(run: Place, start: int, stop: int, every: int) -> None:

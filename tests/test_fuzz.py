@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY, blank_charts
+from conftest import TINY, blank_charts, read_files
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -45,8 +45,8 @@ RUN = [
 ]  # fmt: skip
 # What the command gives or reads; the other files of a run hold dates, or are made again when they are read.
 RESULTS = (
-    "data/*/*.tar", "data/*/*.json", "tiny-*/train/step_00000006/*", "tiny-*/samples/*/*", "tiny-*/evaluation/*/*.*",
-    "tiny-*/figures/*/*.*",
+    "data/*/[!.]*.tar", "data/*/[!.]*.json", "tiny-*/train/step_00000006/[!.]*", "tiny-*/samples/*/[!.]*",
+    "tiny-*/evaluation/*/[!.]*.*", "tiny-*/figures/*/[!.]*.*",
 )  # fmt: skip
 REMADE = ("nothing", "train/step_00000006", "samples", "evaluation/[!u]*")  # one of them is gone, too
 # A small run keeps these: they would leave this machine or the scratch folder, or take long by right.
@@ -123,7 +123,6 @@ plain = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 odd = st.sampled_from([*ODD.split(), *SPACED, *(letter * 300 for letter in "x1/")])
 value = odd | st.integers().map(str) | st.floats().map(repr) | plain
 key = st.sampled_from(KEYS) | plain.map(lambda text: text.replace("=", ""))
-override = st.builds("{}={}".format, key, value)
 part = key.map(lambda text: text.partition(".")[0])
 name = key.map(lambda text: text.rpartition(".")[2])
 line = st.builds("{}: {}".format, part, value) | st.builds("{}: {{{}: {}}}".format, part, name, value)
@@ -156,14 +155,7 @@ def list_files(storage: Path) -> list[Path]:
     return sorted(path.relative_to(storage) for path in found if path.is_file() and path.name != ".lock")
 
 
-def read_results(storage: Path) -> dict[str, bytes]:
-    """Return the content of the files that the runs and their data must have, by their paths."""
-    found = [path for pattern in RESULTS for path in storage.glob(pattern) if path.name[0] != "."]
-    return {str(path.relative_to(storage)): path.read_bytes() for path in found if path.is_file()}
-
-
 def damage(path: Path, kind: str, place: int, value: object, others: list[Path]) -> None:
-    """Damage a file in one way."""
     content, at = path.read_bytes(), place % max(1, path.stat().st_size)
     path.unlink()
     if kind in ("folder", "fifo", "link"):
@@ -193,7 +185,7 @@ def check_damage(twin: Path, case: tuple[Path, str, int, object]) -> None:
         for made in (storage / first).glob(REMADE[place % 4]):
             shutil.rmtree(made, ignore_errors=True)
         text += call([*RUN, f"cluster.storage={storage}"], case)
-        there, wanted = read_results(storage), read_results(twin)
+        there, wanted = (read_files(root, *RESULTS) for root in (storage, twin))
     wrong = [name for name in {*wanted, *there} if there.get(name) != wanted.get(name)]
     if wrong and str(path) not in text and (len(path.parts) < 3 or str(path.parent) not in text):
         fail("other files without a word", f"{case}\n{wrong[:3]} differ\n{text[-1500:]}")
@@ -225,7 +217,7 @@ def run_fuzz(cases: int, damages: int, number: int) -> int:
     twin = Path("twin").absolute()
     for own in (0, 1):
         call([*RUN, f"seed={own}", f"cluster.storage={twin}"], "the twin", 600)  # with all imports
-    lines = st.tuples(heads, st.lists(override, max_size=4), file)
+    lines = st.tuples(heads, st.lists(st.builds("{}={}".format, key, value), max_size=4), file)
     faults = run_cases("cases", check_command_line, lines, cases, number)
     kinds = st.sampled_from(DAMAGES), st.integers(0, 10**6), st.sampled_from(VALUES)
     damaged = st.tuples(st.sampled_from(list_files(twin)), *kinds)

@@ -50,7 +50,7 @@ def test_a_terminal_of_few_characters_gets_escapes_instead(tmp_path):
 
 
 JOB, HERE = "submit -- run digits", "cluster.storage=/data/runs"
-SEND = "submit --cluster kuberay"
+SEND, NOWHERE = "submit --cluster kuberay", "submit --address http://127.0.0.1:9"
 TRAIN = " ".join(["train digits", *TINY, "cluster.workers=0 cluster.storage={tmp}"])
 
 
@@ -86,6 +86,10 @@ TRAIN = " ".join(["train digits", *TINY, "cluster.workers=0 cluster.storage={tmp
     ("submit", 2, "write the command after --"), ("submit run digits", 2, "write the command after --"),
     ("submit -- status", 2, "'status' cannot be submitted"), ("jobs stop", 2, "takes one job id"),
     ("submit -- submit -- run", 2, "'submit' cannot be submitted"), ("jobs list --follow", 2, "belongs to"),
+    (f"{NOWHERE} -- run digits train.batch_size=2 cluster.workers=3 {HERE}", 1, "3 workers cannot share"),
+    (f"{NOWHERE} -- run digits {HERE}", 1, "no Ray cluster answers at http://127.0.0.1:9"),
+    # a file that only the cluster has may be named
+    (f"{NOWHERE} -- run cifar10 data.path=/a evaluate.extractor_weights=/b {HERE}", 1, "no Ray cluster"),
     ("submit -- run digts", 2, "did you mean 'digits'?"), (JOB, 2, "cluster.storage=runs is a relative path"),
     (f"{JOB} cluster.storage=~/runs", 2, "cluster.storage=~/runs is a relative path"),
     (f"submit -- run cifar10 data.path=~/images {HERE}", 2, "data.path=~/images is a relative path"),

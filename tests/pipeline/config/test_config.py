@@ -1,8 +1,8 @@
-"""Configuration: every file loads, what is typed is taken as typed or refused, keys hash content."""
+"""Configuration: every file loads, what is typed is taken as typed or refused."""
 
 import dataclasses
 import re
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,12 @@ from ddpm.networks.config import UNetConfig
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.engine.names import list_known_names
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.store import checkpoint, keys
+from pipeline.errors import ConfigError
+from pipeline.store import checkpoint
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import format_overrides, list_points
 
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
+EXPERIMENTS = [path.stem for path in (ROOT / "conf").glob("*.yaml")]
 PAPER, WITH_VARIANCE = 35_746_307, 35_749_766
 COUNTS = {  # the paper (App. B) has 35.7 million for CIFAR-10, 114 for 256 pixels, 256 for the large one
     PAPER: "cifar10 cifar10_cosine cifar10_published cifar10_short cifar10_simple_mean cifar10_vlb_eps_fixed "
@@ -45,8 +45,7 @@ def problems(name: str, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted({*EXPERIMENTS, *PARAMETERS}))
 def test_every_experiment_loads_and_has_its_parameter_count(name):
-    experiment = config.load_experiment(name, [])
-    net = checkpoint.create_network(experiment, torch.device("meta"))
+    net = checkpoint.create_network(config.load_experiment(name, []), torch.device("meta"))
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
 
 
@@ -57,8 +56,7 @@ def test_every_experiment_loads_and_has_its_parameter_count(name):
 def test_256_pixels_are_the_papers(name, steps, flips):
     experiment = config.load_experiment(name, [])
     train = experiment.train
-    assert (train.steps, train.random_flip) == (steps, flips)
-    assert (train.batch_size, train.lr) == (64, 2e-5)
+    assert (train.steps, train.random_flip, train.batch_size, train.lr) == (steps, flips, 64, 2e-5)
     assert (experiment.model.dropout, experiment.diffusion.variance) == (0.0, "fixedsmall")
     assert (experiment.data.image_size, experiment.data.labels) == (256, 0)
 
@@ -79,29 +77,22 @@ def test_every_cluster_loads_and_a_tracking_uri_that_mlflow_does_not_know_is_ref
 def test_cifar10_is_the_paper():
     """The yaml and the defaults of the library both say the paper's values: they must agree."""
     experiment = config.load_experiment("cifar10", [])
-    assert experiment.model == UNetConfig()
-    assert vars(TrainConfig()).items() <= vars(experiment.train).items()
-    assert experiment.diffusion == Diffusion().config
     train, evaluate = experiment.train, experiment.evaluate
+    assert (experiment.model, experiment.diffusion) == (UNetConfig(), Diffusion().config)
+    assert vars(TrainConfig()).items() <= vars(train).items()
     assert (train.lr, train.warmup_steps, train.ema_decay) == (2e-4, 5000, (0.9999,))
     assert (evaluate.checkpoints, experiment.sample.checkpoint) == ("every:100000", "best")
 
 
-TABLE_2 = {  # (predict, loss, variance) of every cell
-    "cifar10_vlb_mean_learned": ("mean", "vlb", "learned"),
-    "cifar10_vlb_eps_learned": ("eps", "vlb", "learned"),
-    "cifar10_vlb_mean_fixed": ("mean", "vlb", "fixedlarge"),
-    "cifar10_vlb_eps_fixed": ("eps", "vlb", "fixedlarge"),
-    "cifar10_simple_mean": ("mean", "simple", "fixedlarge"),
-    "cifar10": ("eps", "simple", "fixedlarge"),
-}
-
-
-@pytest.mark.parametrize("name", TABLE_2)
-def test_rows_of_table_2_differ_in_their_objective_alone(name):
+@pytest.mark.parametrize(("name", "objective"), [
+    ("cifar10_vlb_mean_learned", "mean vlb learned"), ("cifar10_vlb_eps_learned", "eps vlb learned"),
+    ("cifar10_vlb_mean_fixed", "mean vlb fixedlarge"), ("cifar10_vlb_eps_fixed", "eps vlb fixedlarge"),
+    ("cifar10_simple_mean", "mean simple fixedlarge"), ("cifar10", "eps simple fixedlarge"),
+])  # fmt: skip
+def test_rows_of_table_2_differ_in_their_objective_alone(name, objective):
     row, paper = config.load_experiment(name, []), config.load_experiment("cifar10", [])
     diffusion = row.diffusion
-    assert (diffusion.predict, diffusion.loss, diffusion.variance) == TABLE_2[name]
+    assert [diffusion.predict, diffusion.loss, diffusion.variance] == objective.split()
     assert bool(diffusion.list_warnings()) == (name in ("cifar10_vlb_eps_learned", "cifar10_simple_mean"))
     assert dataclasses.replace(row, name=paper.name, diffusion=paper.diffusion) == paper
 
@@ -181,68 +172,19 @@ def test_what_is_allowed_is_not_refused_and_channels_that_are_normalised_alone_a
         assert ["model.norm_groups=32 of 32" in line for line in found] == [True] * warned
 
 
-def keys_of(*overrides: str) -> tuple[str, str, str]:
-    experiment = config.load_experiment("digits", list(overrides))
-    run = keys.make_run_key(experiment, keys.make_data_key(experiment, "fingerprint"))
-    return run, keys.make_sample_key(experiment, run), keys.make_score_key(experiment, run)
-
-
-MOVED = {  # the keys that a word moves
-    "": "train.checkpoint_every=7 train.keep=9 train.keep_every=400 train.keep_steps=[8] data.images_per_shard=9 "
-    "evaluate.checkpoints=all evaluate.checkpoint_images=128",
-    "score": "sample.num_images=600 evaluate.metrics=[nll]",
-    "samples score": "train.steps=3000 sample.sampler=ddim sample.spacing=quadratic sample.ema_decay=0.999",
-    "run samples score": "train.lr_decay=linear seed=1 train.lr=0.1 model.dropout=0.4 data.labels=11 "
-    "diffusion.beta_schedule=quad model.class_conditional=true",
-}
-
-
-@pytest.mark.parametrize("moved", MOVED)
-def test_what_extends_a_run_keeps_its_key_and_samples_and_scores_have_their_own(moved):
-    names, unmoved = ("run", "samples", "score"), keys_of()
-    for word in MOVED[moved].split():
-        pairs = zip(names, unmoved, keys_of(word), strict=True)
-        assert [name for name, before, after in pairs if before != after] == moved.split(), word
-    assert keys_of("train.lr_decay=linear")[0] != keys_of("train.lr_decay=linear", "train.steps=3000")[0]
-
-
 def test_betas_of_a_file_are_values_of_the_experiment(tmp_path):
-    for name in ("one.npy", "other.npy"):
-        np.save(tmp_path / name, np.linspace(1e-3, 0.3, 50))
-    short = ("diffusion.timesteps=50", "sample.steps=50")
-    one, other = ([f"diffusion.betas={tmp_path / name}.npy", *short] for name in ("one", "other"))
-    experiment = config.load_experiment("digits", one)
+    betas, written = tmp_path / "betas.npy", tmp_path / "experiment.yaml"
+    np.save(betas, np.linspace(1e-3, 0.3, 50))
+    words = [f"diffusion.betas={betas}", "diffusion.timesteps=50", "sample.steps=50"]
+    experiment = config.load_experiment("digits", words)
     assert experiment.diffusion.betas == tuple(np.linspace(1e-3, 0.3, 50))
-    assert keys_of(*one)[0] == keys_of(*other)[0] != keys_of(*short)[0]
-    written = tmp_path / "experiment.yaml"
+    assert "diffusion.betas has 50 values; timesteps=1000 needs as many" in problems("digits", words[0])
     written.write_text(config.to_yaml(experiment))
-    (tmp_path / "one.npy").unlink()
+    np.save(betas, np.ones((2, 3), dtype=int))
     assert config.load_experiment(str(written), []).diffusion == experiment.diffusion
-    np.save(tmp_path / "one.npy", np.ones((2, 3), dtype=int))
-    assert "of shape (2, 3)" in problems("digits", *one)[0]
+    assert "of shape (2, 3)" in problems("digits", *words)[0]
     assert "no .npy file of a schedule" in problems("digits", "diffusion.betas=absent.npy")[0]
-    assert "diffusion.betas has 50 values; timesteps=1000 needs as many" in problems("digits", other[0])
     assert config.find_relative_paths("digits", ["diffusion.betas=here.npy"]) == ["diffusion.betas=here.npy"]
-
-
-def test_a_choice_by_score_changes_the_score():
-    experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
-    with pytest.raises(PipelineError, match=r"known before evaluate\.checkpoints are scored"):
-        keys.make_sample_key(experiment, "0a")
-    first, second = (experiment.select_checkpoint(1200, of) for of in (3, 4))
-    assert config.to_yaml(first) == config.to_yaml(experiment), "a chosen checkpoint is in no file"
-    all_three = (first, second, config.load_experiment("digits", []))
-    assert len({keys.make_sample_key(e, "0a") for e in all_three}) == 1
-    assert len({keys.make_score_key(e, "0a") for e in all_three}) == 3
-
-
-def test_keys_hash_content_not_place(tmp_path):
-    weights = [tmp_path / "a.pth", tmp_path / "b.pth"]
-    for path in weights:
-        path.write_bytes(b"the same")
-    first, second = (keys_of(f"evaluate.extractor_weights={path}")[2] for path in weights)
-    weights[0].write_bytes(b"another")
-    assert first == second != keys_of(f"evaluate.extractor_weights={weights[0]}")[2]
 
 
 @pytest.mark.parametrize("typed", [
@@ -267,11 +209,7 @@ def test_a_text_is_taken_as_typed_and_comes_back(typed, tmp_path):
 ])  # fmt: skip
 def test_a_value_is_read_by_the_type_of_its_key(word, value, tmp_path):
     key, _, text = word.partition("=")
-
-    def find_value(experiment: config.Experiment) -> object:
-        return reduce(getattr, key.split("."), experiment)
-
-    experiment = config.load_experiment("cifar10_short", [word])
+    find_value, experiment = attrgetter(key), config.load_experiment("cifar10_short", [word])
     assert find_value(experiment) == value and type(find_value(experiment)) is type(value)
     path = tmp_path / "mine.yaml"
     path.write_text(config.to_yaml(experiment))

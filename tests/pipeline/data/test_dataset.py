@@ -43,16 +43,13 @@ def test_memory_and_tars_give_the_same_batches_and_pixels_decide(folder):
     assert not large.pending
 
 
-def test_a_damaged_image_is_named(folder):
+def test_a_damaged_image_is_named_and_an_index_of_another_tar_refused(folder):
     file = folder / "train-00001.tar"
     flip_bit(file, tars.open_shards(folder).read_offsets(file.name)[2, tars.OFFSET] + 60)
     dataset = open_dataset(folder, "train", context())
     dataset.read_batch(torch.tensor([0, 7, 8, 10, 12]))
     with pytest.raises(PipelineError, match=r"image 9 in .*train-00001.tar is damaged"):
         dataset.read_batch(torch.tensor([9]))
-
-
-def test_an_index_of_another_tar_is_refused(folder):
     (folder / "train-00000.json").write_text((folder / "train-00001.json").read_text())
     manifest = json.loads((folder / "manifest.json").read_text())
     for fault in ("has .* bytes, its manifest says", "is not the index of train-00000.tar"):

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,22 +15,11 @@ import numpy as np
 import pyarrow
 import pytest
 from conftest import flip_bit, one_cpu, tiny_experiment
-from image_files import save, write_arrays, write_lmdb, write_parquet
+from image_files import draw_numbered, encode, encode_numbered, noise, write_arrays, write_lmdb, write_parquet
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo, putchunk
 from pyarrow import parquet
-from test_sources import (
-    assert_fingerprint_fails,
-    assert_read_fails,
-    config,
-    draw_numbered,
-    encode_numbered,
-    noise,
-    numbers,
-    pixels,
-    read,
-    reader,
-)
+from test_sources import assert_fingerprint_fails, assert_read_fails, config, numbers, pixels, read, reader
 
 from pipeline.config import DataConfig
 from pipeline.data import sources
@@ -56,25 +46,22 @@ def write_batches(folder: Path, labels: list) -> Path:
 
 
 ALL = [*range(12)]
-ROWS = {
-    "same": ALL, "another order": [*ALL[7::-1], *ALL[8:]], "one image twice": [0, 0, *ALL[2:]], "short": ALL[:9],
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*ROWS, "one pixel"])
-def test_cifar10_is_known_by_its_pixels(tmp_path, monkeypatch, case):
+@pytest.mark.parametrize(("rows", "changed", "official"), [
+    (ALL, 0, True), ([*ALL[7::-1], *ALL[8:]], 0, True), ([0, 0, *ALL[2:]], 0, False), (ALL[:9], 0, False),
+    (ALL, 1, False),
+], ids=["same", "another order", "one image twice", "short", "one pixel"])  # fmt: skip
+def test_cifar10_is_known_by_its_pixels(tmp_path, monkeypatch, rows, changed, official):
     images = noise(12, 32, 32, 3)
-    chw = images.transpose(0, 3, 1, 2)
-    parts = {"train": chw[:8], "test": chw[8:]}
-    digests = {split: (len(x), cifar10.hash_images(x)) for split, x in parts.items()}
-    monkeypatch.setattr(cifar10, "PIXELS", digests)
-    images[9, 5, 5, 1] ^= case == "one pixel"
-    images = images[ROWS.get(case, ALL)]
+    parts = zip(("train", "test"), np.split(images.transpose(0, 3, 1, 2), [8]), strict=True)
+    monkeypatch.setattr(cifar10, "PIXELS", {split: (len(x), cifar10.hash_images(x)) for split, x in parts})
+    images[9, 5, 5, 1] ^= changed
     splits: dict[str, list] = {"train": [], "test": []}
-    for number, (split, part) in enumerate(zip(("train", "train", "test"), np.split(images, 3), strict=True)):
+    for number, part in enumerate(np.split(images[rows], 3)):
         records = [Record(str(i), encode_png(image), 1) for i, image in enumerate(part)]
-        splits[split].append(write_tar(tmp_path / f"{number}.tar", records))
-    assert cifar10.is_official(tmp_path, splits) == (case in ("same", "another order"))
+        splits["test" if number == 2 else "train"].append(write_tar(tmp_path / f"{number}.tar", records))
+    assert cifar10.is_official(tmp_path, splits) is official
 
 
 def test_images_that_only_claim_to_be_cifar10_are_said_and_nested_labels_do_not_unfold(tmp_path, caplog):
@@ -174,11 +161,9 @@ def test_a_fifo_is_no_file_of_any_source_and_names_are_bytes(tmp_path):
         os.mkfifo(tmp_path / name)
         for path in (tmp_path, tmp_path / name):
             assert_fingerprint_fails(tmp_path.name, source, path, image_size=32)
-    save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")), noise(8, 8, 3))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(encode(noise(8, 8, 3)))
     assert sources.compute_fingerprint(config("folder", tmp_path), None)
-    with pytest.raises(PipelineError, match="resize=crop") as error:
-        read(config("folder", tmp_path, image_size=9))
-    assert r"caf\xe9.png" in str(error.value) and str(error.value).encode()
+    assert_read_fails(r"caf\\xe9\.png has 8x8 pixels.*resize=crop", "folder", tmp_path, image_size=9)
 
 
 @pytest.mark.parametrize(("names", "labels", "expected"), [
@@ -206,12 +191,8 @@ def test_fingerprints_move_only_where_a_set_was_not_read_rightly_before(tmp_path
     assert now.startswith(expected) and (now == found.compute_fingerprint()) == bool(expected)
 
 
-PALE = (200, 0, 0, 0)
-IN_A_CHANNEL = {
-    "RGBA": Image.new("RGBA", (8, 8), PALE),
-    "LA": Image.new("LA", (8, 8), (77, 0)),
-    "PA": Image.new("RGBA", (8, 8), PALE).quantize(4),
-}
+CLEAR = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+IN_A_CHANNEL = {"RGBA": CLEAR, "LA": Image.new("LA", (8, 8), (77, 0)), "PA": CLEAR.quantize(4)}
 BY_COLOUR = {  # bits, PNG's type of colour, a pixel or eight, the transparent colour
     "tRNS of L": (8, 0, bytes([77] * 8), [77]),
     "tRNS of 1": (1, 0, b"\xff", [1]),
@@ -221,21 +202,18 @@ BY_COLOUR = {  # bits, PNG's type of colour, a pixel or eight, the transparent c
 }
 
 
-def write_transparent(file: Path, kind: str) -> None:
-    if kind in IN_A_CHANNEL:
-        return IN_A_CHANNEL[kind].save(file)
-    bits, colour, row, key = BY_COLOUR[kind]
-    with file.open("wb") as png:
-        png.write(b"\x89PNG\r\n\x1a\n")
-        putchunk(png, b"IHDR", struct.pack(">2I5B", 8, 8, bits, colour, 0, 0, 0))
-        putchunk(png, b"tRNS", struct.pack(f">{len(key)}H", *key))
-        putchunk(png, b"IDAT", zlib.compress((b"\0" + row) * 8))
-        putchunk(png, b"IEND")
-
-
 @pytest.mark.parametrize("kind", [*IN_A_CHANNEL, *BY_COLOUR])
 def test_transparent_pixels_are_refused_or_laid_on_a_background(tmp_path, kind):
-    write_transparent(tmp_path / "a.png", kind)
+    with (tmp_path / "a.png").open("wb") as png:
+        if kind in IN_A_CHANNEL:
+            IN_A_CHANNEL[kind].save(png, "png")
+        else:
+            bits, colour, row, key = BY_COLOUR[kind]
+            png.write(b"\x89PNG\r\n\x1a\n")
+            putchunk(png, b"IHDR", struct.pack(">2I5B", 8, 8, bits, colour, 0, 0, 0))
+            putchunk(png, b"tRNS", struct.pack(f">{len(key)}H", *key))
+            putchunk(png, b"IDAT", zlib.compress((b"\0" + row) * 8))
+            putchunk(png, b"IEND")
     for channels in (1, 3):
         message = r"a\.png is transparent in part; set data\.background"
         assert_read_fails(message, "folder", tmp_path, channels=channels)
@@ -256,6 +234,25 @@ def test_an_orientation_counts_wherever_it_stands(tmp_path, size, chunk):
     for channels in (1, 3):
         column = pixels(config("folder", tmp_path, channels=channels, resize="crop"))[0, 0, :, 0].astype(int)
         assert (np.diff(column) < 0).all() and (size > 8 or column.tolist() == list(range(105, -1, -15)))
+
+
+WHOLE = encode_png(noise(8, 8, 3))
+AT = WHOLE.index(b"IDAT") + 60
+DAMAGED = {
+    "truncated": WHOLE[:100], "flipped": WHOLE[:AT] + bytes([WHOLE[AT] ^ 1]) + WHOLE[AT + 1 :], "empty": b"",
+    "text": b"hello", "cut before the end": WHOLE[:-12], "jpeg": encode(noise(64, 64, 3), "jpeg")[:-500],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
+    make(tmp_path, {"ant": 9, "bee": 9})
+    (tmp_path / "bee" / "4.png").write_bytes(DAMAGED[kind])
+    message = r"bee.4\.png does not decode \(.+\); .*data.max_undecodable"
+    assert_read_fails(message, "folder", tmp_path, resize="crop")
+    source, told = reader("folder", tmp_path, resize="crop"), []
+    rest = list(source.read_records("train", 0, 18, lambda *args: told.append(args)))
+    assert (len(rest), len(told), len({record.key for record in rest})) == (17, 1, 17)
 
 
 def test_a_picture_of_too_many_pixels_is_refused_without_pillows_words(tmp_path, recwarn):
@@ -295,9 +292,7 @@ def test_an_array_of_an_impossible_shape_is_named(tmp_path, shape):
     with (tmp_path / "images.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         file.write(bytes(64))
-    with pytest.raises(PipelineError, match=r"images\.npy is no readable array of numbers") as error:
-        sources.compute_fingerprint(config("npy", tmp_path), None)
-    assert "pickle" not in str(error.value)
+    assert_fingerprint_fails(r"^(?!.*pickle).*images\.npy is no readable array of numbers", "npy", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["unpacked", "batch", "extended header", "other"])
@@ -323,11 +318,33 @@ def test_a_damaged_database_is_named(tmp_path, seed):
     assert_read_fails(r"data\.mdb", "lmdb", tmp_path)
 
 
-def test_a_database_finds_its_test_part_by_the_one_rule(tmp_path):
-    write_lmdb(tmp_path / "Dog-Testing", [b"image"])
-    assert_read_fails("nor a single train database", "lmdb", tmp_path)
+def test_splits_of_lsun_are_databases_and_those_that_cannot_be_used_are_named(tmp_path, monkeypatch):
+    dogs, lsun = tmp_path / "dogs", tmp_path / "lsun"
+    write_lmdb(dogs / "Dog-Testing", [b"image"])
+    assert_read_fails("nor a single train database", "lmdb", dogs)
     for name, count in (("Cat-Training", 3), ("Cat-Testing", 2)):
-        write_lmdb(tmp_path / name, [b"image"] * count)
-    found = reader("lmdb", tmp_path)
+        write_lmdb(dogs / name, [b"image"] * count)
+    found = reader("lmdb", dogs)
     assert (found.splits, found.skipped) == ({"train": 3, "test": 2}, {"database Dog-Testing": 1})
-    assert reader("lmdb", tmp_path / "Cat-Testing").splits == {"train": 2}
+    assert reader("lmdb", dogs / "Cat-Testing").splits == {"train": 2}
+    write_lmdb(lsun / "church_outdoor_train_lmdb", encode_numbered(20))
+    write_lmdb(lsun / "church_outdoor_val_lmdb", encode_numbered(5, 20))
+    forms = [config("lmdb", lsun), config("lmdb", lsun / "church_outdoor_train_lmdb", test_images=3)]
+    for data in forms:
+        assert (numbers(data), numbers(data, "test")) == ([*range(20)], [*range(20, 25)])
+    first, second = (sources.compute_fingerprint(data, None) for data in forms)
+    assert first == second
+    (lsun / "church_outdoor_val_lmdb" / "data.mdb").unlink()
+    assert sources.compute_fingerprint(forms[0], None) != first
+    write_lmdb(lsun / "cat_train_lmdb", [encode_numbered(1)[0], b"no image"])
+    assert_read_fails(r"data\.mdb key b'0+3d1' does not decode", "lmdb", lsun / "cat_train_lmdb")
+    assert_read_fails(r"b'0+' has no label.*set data\.labels=0", "lmdb", lsun / "cat_train_lmdb", labels=3)
+    message = r"cat_train_lmdb, church_outdoor_train_lmdb\); set data\.path to one"
+    assert_fingerprint_fails(message, "lmdb", lsun)
+    assert_fingerprint_fails(r"nowhere has no data\.mdb", "lmdb", lsun / "nowhere")
+    for keep, reason in ((50, "is no readable LMDB"), (12_000, "is cut short")):  # it is never mapped
+        file = write_lmdb(tmp_path / f"cut-{keep}", [bytes(9000), bytes(9000)]) / "data.mdb"
+        file.write_bytes(file.read_bytes()[:keep])
+        assert_fingerprint_fails(rf"data\.mdb {reason} .*fetch it again", "lmdb", file.parent)
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    assert_fingerprint_fails(r"data\.source=lmdb needs the package lmdb: pip install lmdb", "lmdb", lsun)

@@ -1,6 +1,5 @@
 """Runs are found by experiment and by name, and their needs are known before they start."""
 
-import dataclasses
 import errno
 import fcntl
 import os
@@ -14,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import yaml
 from conftest import one_cpu, tiny_experiment
+from staged import change
 from synthetic_run import make_run
 
 from pipeline import config
@@ -111,38 +111,30 @@ def test_a_machine_of_a_cluster_says_what_it_sees_amiss_in_the_storage_root(tmp_
     assert "does not see who holds a lock: mount" in find._check_folder(tmp_path)
 
 
-LAST = {"evaluate.checkpoints": "null", "sample.checkpoint": "last"}
+def cifar10(*words):
+    return config.load_experiment("cifar10", ["evaluate.checkpoints=null", "sample.checkpoint=last", *words])
 
 
-def cifar10(**changes):
-    return config.load_experiment("cifar10", [f"{key}={value}" for key, value in (LAST | changes).items()])
-
-
-def test_checkpoints_are_as_large_as_said(tiny_run):
-    experiment, run = tiny_run.experiment, tiny_run
-    one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
-    train.STAGE.run_worker(one_cpu().context, run.replace_experiment(one))
-    (written,) = (run.locate_step(step) for step in list_steps(run.train))
-    found = sum(file.stat().st_size for file in written.iterdir())
-    assert preflight.estimate_requirements(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
-
-
-def test_the_papers_run_takes_gibibytes_and_candidates_count():
-    wanted = preflight.estimate_requirements(cifar10())
-    assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
-    assert wanted.features == 4 * (2048 + 1008) * 4 * 50_000
-    assert 5 * 2**30 < wanted.disk < 6 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
-    every = {"train.keep_every": 100_000, "evaluate.checkpoints": "all"}
-    for changes, count, images in (
-        ({}, 3, 50_000), ({"evaluate.checkpoints": "every:50000"}, 3 + 15, 50_000 + 16 * 5_000),
-        (every, 3 + 7, 50_000 + 10 * 5_000),
+def test_checkpoints_are_as_large_as_said_and_candidates_count(tiny_run):
+    run = change(tiny_run, "train", steps=2, keep=1)
+    train.STAGE.run_worker(one_cpu().context, run)
+    (step,) = list_steps(run.train)
+    found = sum(file.stat().st_size for file in run.locate_step(step).iterdir())
+    assert preflight.estimate_requirements(run.experiment).checkpoints / 2 == pytest.approx(found, rel=0.1)
+    for words, count, images in (
+        ([], 3, 50_000), (["evaluate.checkpoints=every:50000"], 3 + 15, 50_000 + 16 * 5_000),
+        (["train.keep_every=100000", "evaluate.checkpoints=all"], 3 + 7, 50_000 + 10 * 5_000),
     ):  # fmt: skip
-        wanted = preflight.estimate_requirements(cifar10(**changes))
+        wanted = preflight.estimate_requirements(cifar10(*words))
         assert (wanted.checkpoint_count, wanted.images) == (count, images)
 
 
-def test_a_disk_that_is_too_small_is_refused_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
+def test_the_papers_run_takes_gibibytes_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
     run = Place(tmp_path, cifar10(), "d", "r")
+    wanted = preflight.estimate_requirements(run.experiment)
+    assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
+    assert wanted.features == 4 * (2048 + 1008) * 4 * 50_000
+    assert 5 * 2**30 < wanted.disk < 6 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     with pytest.raises(PipelineError, match=r"1\.0 GiB free, .* needs 5\.\d GiB more: .*cluster\.storage"):
         preflight.check_resources(run)

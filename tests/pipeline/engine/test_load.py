@@ -122,7 +122,7 @@ def read(file):
     return np.asarray(Image.open(file))
 
 
-def test_each_ending_holds_the_first_samples_of_the_run(drawing, tmp_path, capsys):
+def test_each_ending_holds_the_first_samples_of_the_run_or_what_lies_between_two_files(drawing, capsys):
     draw, images = drawing
     for out in ("grid.png", "reverse.gif", "images.npz", "--out folder"):
         assert draw(f"{out} -n 4") == 0
@@ -137,10 +137,6 @@ def test_each_ending_holds_the_first_samples_of_the_run(drawing, tmp_path, capsy
     assert draw("other.npz -n 4 --seed 1") == draw("fewer.npz -n 4 --steps 5") == 0
     for other in ("other.npz", "fewer.npz"):
         assert not np.array_equal(np.load(other)["arr_0"], images[:4])
-
-
-def test_two_files_are_interpolated(drawing):
-    draw, images = drawing
     pair = "--interpolate a.png b.png"
     assert draw(f"pixels.npz {pair} --lambda 0,0.5,1 --at 0") == 0
     assert draw(f"latents.npz {pair} --lambda 1 --at 20") == 0
@@ -153,27 +149,21 @@ def test_two_files_are_interpolated(drawing):
     assert row.shape == (2 * 66, 13 * 66, 3) and np.array_equal(row[1:65:8, -65:-1:8, 0], images[1, :, :, 0])
 
 
-FAULTS = [
-    ("x.jpg", 2, ".png, .gif or .npz"), (".", 1, "not an empty folder"), ("x.png y.png", 2, "one output"),
-    ("x.png --label 3", 2, "takes no labels"), ("x.png --label 0.5,0.5", 2, "takes no labels"),
-    ("x.png --steps 21", 2, "1..20"), ("x.png --at 3", 2, "belong to --interpolate"),
-    ("x.gif --interpolate a.png b.png", 2, "end the name in .png"),
-    ("x.png --interpolate a.png b.png --at 21", 2, "0..20"),
-    ("x.png --interpolate a.png b.png --lambda 2", 2, "lambda must lie in"),
-    ("x.png --interpolate a.png b.png --lambda nan", 2, "lambda must lie in"),
-    ("x.png --interpolate a.png pipe.png", 1, "pipe.png: it is no file"),
-    ("x.png --interpolate a.png wide.png", 1, "wide.png has 9x8 pixels"),
-    ("x.png --interpolate a.png text.png", 1, "text.png is no image"),
-    ("x.png --interpolate a.png gone.png", 1, "gone.png"), ("x.png --label three", 2, "--label three"),
-]  # fmt: skip
-
-
 def test_what_cannot_be_drawn_is_named_and_nothing_is_written(drawing, tmp_path, capsys):
     Image.new("L", (9, 8)).save("wide.png")
     (tmp_path / "text.png").write_text("no image")
     os.mkfifo("pipe.png")
-    before = sorted(tmp_path.rglob("*"))
-    for words, code, fault in FAULTS:
+    before, mix = sorted(tmp_path.rglob("*")), "x.png --interpolate a.png"
+    for words, code, fault in (
+        ("x.jpg", 2, ".png, .gif or .npz"), (".", 1, "not an empty folder"), ("x.png y.png", 2, "one output"),
+        ("x.png --label 3", 2, "takes no labels"), ("x.png --label 0.5,0.5", 2, "takes no labels"),
+        ("x.png --label three", 2, "--label three"), ("x.png --steps 21", 2, "1..20"),
+        ("x.png --at 3", 2, "belong to --interpolate"), (f"{mix} b.png --at 21", 2, "0..20"),
+        ("x.gif --interpolate a.png b.png", 2, "end the name in .png"),
+        (f"{mix} b.png --lambda 2", 2, "lambda must"), (f"{mix} b.png --lambda nan", 2, "lambda must"),
+        (f"{mix} pipe.png", 1, "pipe.png: it is no file"), (f"{mix} gone.png", 1, "gone.png"),
+        (f"{mix} wide.png", 1, "wide.png has 9x8 pixels"), (f"{mix} text.png", 1, "text.png is no image"),
+    ):  # fmt: skip
         assert drawing[0](words) == code, words
         error = capsys.readouterr().err.strip()
         assert fault in error and error.count("\n") == 0, words

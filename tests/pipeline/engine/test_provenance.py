@@ -40,7 +40,7 @@ def edit(path: Path, old: str, new: str) -> None:
     clear()
 
 
-def test_the_difference_is_recorded_untracked_python_files_included(checkout, tmp_path, monkeypatch):
+def test_the_difference_is_recorded_and_only_syntax_is_hashed(checkout, tmp_path, monkeypatch):
     clean = code.find_commit()
     for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"):  # as in a hook of another one
         monkeypatch.setenv(name, str(tmp_path / "other"))
@@ -53,7 +53,14 @@ def test_the_difference_is_recorded_untracked_python_files_included(checkout, tm
     clear()
     marks = {edited, code.find_commit()}
     assert len(marks) == 2 and all(re.fullmatch(rf"{clean}\+\w{{8}}", mark) for mark in marks)
-    assert "+x = 1" in code.read_commit()[1]
+    assert "+x = 1" in code.read_commit()[1], "untracked files of Python are included"
+    for old, new, is_other in (
+        ("def ", "# a comment\ndef ", False), ('"""The beta schedules', '"""Other words', False),
+        ("math.pi", "3.0", True), ("import math", "{{ a template }} (", True),
+    ):  # fmt: skip
+        before = code.hash_code()
+        edit(checkout / "ddpm" / "schedules.py", old, new)
+        assert (code.hash_code() != before) == is_other, new
 
 
 def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
@@ -65,16 +72,6 @@ def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
     assert code.find_commit() is None and code.find_version() == "0.1.0"
     found = provenance.collect_provenance(config.load_experiment("digits", []))
     assert found["versions"]["ddpm-pipeline"] == "0.1.0"
-
-
-def test_only_the_syntax_without_comments_and_docstrings_is_hashed(checkout):
-    for old, new, is_other in (
-        ("def ", "# a comment\ndef ", False), ('"""The beta schedules', '"""Other words', False),
-        ("math.pi", "3.0", True), ("import math", "{{ a template }} (", True),
-    ):  # fmt: skip
-        before = code.hash_code()
-        edit(checkout / "ddpm" / "schedules.py", old, new)
-        assert (code.hash_code() != before) == is_other, new
 
 
 def test_other_code_does_not_train_or_draw_unasked(checkout, empty_store, tmp_path, capsys):
@@ -101,8 +98,7 @@ def test_other_code_does_not_train_or_draw_unasked(checkout, empty_store, tmp_pa
     assert ddpm("evaluate")[0] == 0, "scores go on, and name both"
     (metrics,) = run.glob("evaluation/*/metrics.json")
     assert first in metrics.read_text() and second in metrics.read_text()
-    status, printed = ddpm("train", "train.steps=8")
-    assert status == 1, "an evaluation by other code is no consent"
+    assert ddpm("train", "train.steps=8")[0] == 1, "an evaluation by other code is no consent"
     assert ddpm("train", "train.steps=8", "--accept-code")[0] == 0
     assert list(config.read_provenance(run / "experiment.yaml")["codes"].values())[1] == second
     assert (run / f"{second[-8:]}.patch").read_text().count("OTHER = 1")

@@ -51,7 +51,7 @@ def page(runs, folder, metric: str = "fid", note: str = "") -> str:
     return html.with_suffix(".md").read_text().replace("\u00a0", " ")
 
 
-def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, undrawn):
+def test_the_best_comes_first_and_losses_share_a_panel_under_the_same_objective(four, tmp_path, undrawn):
     for metric, order, words in (
         ("fid", ["linear-0.1", "cosine-0.2", "linear-0.2", "cosine-0.1"], "lowest FID"),
         ("is_mean", ["cosine-0.2", "cosine-0.1", "linear-0.1", "linear-0.2"], "highest IS"),
@@ -60,6 +60,15 @@ def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, un
         assert re.findall(r"^\| \d\. (\S+) \|", markdown, re.MULTILINE) == order
         assert f"> **{order[0]} has the {words} of 4" in markdown
     assert "Compared with the paper" not in markdown
+    assert "2 objectives" in markdown
+    titles = re.findall(r"!\[(Loss.*?), smoothed\]", markdown)
+    assert titles == ["Loss, beta_schedule linear", "Loss, beta_schedule cosine"]
+    markdown = page(four[:2], tmp_path / "page")
+    assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == ["Loss"] and "the same objective" in markdown
+    for loss, same in (("simple", True), ("vlb", False)):
+        words = ((f"diffusion.loss={loss}", f"diffusion.variance=fixed{size}") for size in ("large", "small"))
+        one, other = (compared(tmp_path, *its).objective for its in words)
+        assert (one == other) is same
 
 
 def test_samples_drawn_otherwise_are_compared_and_scores_of_other_protocols_are_not(four, tmp_path, undrawn):
@@ -78,19 +87,6 @@ def test_samples_drawn_otherwise_are_compared_and_scores_of_other_protocols_are_
         found = re.findall(r"^\| (\d\. \S+) \|", markdown, re.MULTILINE)
         assert found == ["1. cosine-0.2", "2. cosine-0.1", "1. linear-0.1"]
         assert str(next(iter(other.values()))) in markdown
-
-
-def test_losses_share_a_panel_only_under_the_same_objective(four, tmp_path, undrawn):
-    markdown = page(four, tmp_path / "page")
-    assert "2 objectives" in markdown
-    titles = re.findall(r"!\[(Loss.*?), smoothed\]", markdown)
-    assert titles == ["Loss, beta_schedule linear", "Loss, beta_schedule cosine"]
-    markdown = page(four[:2], tmp_path / "page")
-    assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == ["Loss"] and "the same objective" in markdown
-    for loss, same in (("simple", True), ("vlb", False)):
-        words = ((f"diffusion.loss={loss}", f"diffusion.variance=fixed{size}") for size in ("large", "small"))
-        one, other = (compared(tmp_path, *its).objective for its in words)
-        assert (one == other) is same
 
 
 def test_two_swept_keys_make_a_matrix(four):

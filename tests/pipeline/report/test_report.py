@@ -55,13 +55,12 @@ def test_the_page_fetches_and_runs_nothing_and_its_markdown_twin_has_its_picture
     assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in html
     names = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
     assert len(names) >= 14 and len(names) == len(set(names))
-    headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
-    assert headings == re.findall(r"<h2>(.*?)</h2>", html)
+    assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == re.findall(r"<h2>(.*?)</h2>", html)
     files = rundir.read_manifest(run.report, dict, "sha256")["files"]
     assert set(files) == {"report.html", "report.md", *names}
 
 
-def test_other_images_stand_beside_reference_points_only(make):
+def test_other_images_stand_beside_reference_points_only_and_what_made_the_run_is_named(make):
     run = make()
     rundir.write_json(run.timings_json, {"train": 130.0, "report": 2.0})
     markdown = write(run)[1]
@@ -77,6 +76,12 @@ def test_other_images_stand_beside_reference_points_only(make):
         assert row in markdown
     for absent in ("Table 1", "paper 3.17", "not comparable", "Not yet useful"):
         assert absent not in markdown
+    server = {"experiment_id": "3", "run_id": "r7", "parcels": {}, "study": "s"}
+    rundir.write_json(run.tracking_json, {"servers": {"http://a:5": server}})
+    rundir.write_json(run.commits_json, {"train": ["a1", "b2"], "evaluate": ["b2"], "report": ["c3"]})
+    markdown = write(run)[1]
+    assert "](http://a:5/#/experiments/3/runs/r7?workflowType=machine_learning) |" in markdown
+    assert "| Commit | train `a1` · train, evaluate `b2` |" in markdown
 
 
 def test_cifar10_stands_beside_the_paper(make):
@@ -103,12 +108,10 @@ def test_a_score_by_the_papers_protocol_is_called_comparable_and_a_bound_above_t
     assert "by the paper's protocol" in markdown and "<strong>comparable</strong></td>" in html
     assert "not comparable" not in html.lower()
     for rate, rmse, variance, useful in (
-        (2.4527, 1.1034, "fixedlarge", True),
-        (2.4528, 1.1034, "fixedlarge", False),
+        (2.4527, 1.1034, "fixedlarge", True), (2.4528, 1.1034, "fixedlarge", False),
         (9.0, 1.1034, "fixedsmall", True),  # its rate has another line
-        (1.0, 1.1036, "fixedsmall", False),
-        (2.4527, 1.1035, "fixedlarge", False),
-    ):
+        (1.0, 1.1036, "fixedsmall", False), (2.4527, 1.1035, "fixedlarge", False),
+    ):  # fmt: skip
         change_scores(run, scores={"rate_bpd": rate, "rmse": rmse}, protocol={"nll_variance": variance})
         assert (compare_with_linear_denoiser(RunFiles(run)) == "") is useful
     assert "<blockquote>\n<p><strong>Not yet useful</strong>" in write(run)[0]
@@ -134,15 +137,6 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(make):
         assert not report.STAGE.is_done(run)
         write(run)
         assert report.STAGE.is_done(run)
-
-
-def test_commits_are_named_by_stage_where_they_differ_and_mlflow_is_linked(make):
-    run = make()
-    server = {"experiment_id": "3", "run_id": "r7", "parcels": {}, "study": "s"}
-    rundir.write_json(run.tracking_json, {"servers": {"http://a:5": server}})
-    assert "](http://a:5/#/experiments/3/runs/r7?workflowType=machine_learning) |" in write(run)[1]
-    rundir.write_json(run.commits_json, {"train": ["a1", "b2"], "evaluate": ["b2"], "report": ["c3"]})
-    assert "| Commit | train `a1` · train, evaluate `b2` |" in write(run)[1]
 
 
 def test_what_is_absent_is_left_out_with_the_command_that_makes_it(make):
@@ -190,7 +184,7 @@ def test_the_scores_that_are_there_are_shown(make, name, scores, more, present, 
     assert all(text in markdown for text in present) and absent not in markdown
 
 
-def test_text_is_escaped_and_links_are_of_the_web_or_relative(tmp_path):
+def test_text_is_escaped_links_are_of_the_web_or_relative_and_pictures_of_the_page(tmp_path):
     html = convert_to_html("# a<b>\n\nx & `c<d>` **s** <i>\n\n## <u>\n\n[x](javascript:alert(1))", tmp_path)
     assert "a&lt;b&gt;" in html and "x &amp; <code>c&lt;d&gt;</code> <strong>s</strong> &lt;i&gt;" in html
     assert "<u>" not in html
@@ -200,9 +194,6 @@ def test_text_is_escaped_and_links_are_of_the_web_or_relative(tmp_path):
     for link in kept + others:
         html = convert_to_html(f"# a\n\n[x]({link}) <{link}>", tmp_path)
         assert ("href=" in html) == (link in kept), link
-
-
-def test_only_pictures_of_the_page_are_put_into_it(tmp_path):
     (tmp_path / "page").mkdir()
     for name in ("page/in.svg", "out.svg", "page/in.txt"):
         (tmp_path / name).write_text("<svg/>")

@@ -6,7 +6,7 @@ import subprocess
 from functools import partial
 
 import pytest
-from conftest import one_cpu, tiny_experiment
+from conftest import one_cpu, read_files, tiny_experiment
 from staged import run_stage
 
 from pipeline.engine.find import make_place
@@ -40,22 +40,13 @@ def fill(disk):
     (disk / "ballast").write_bytes(bytes(free - 8192))
 
 
-FAULTS = {
-    "full": (fill, lambda disk: (disk / "ballast").unlink(), "No space left on device"),
-    "read-only": (
-        partial(mount, "-o", "remount,ro"), partial(mount, "-o", "remount,rw"), "Read-only file system",
-    ),
-}  # fmt: skip
+FULL = (fill, lambda disk: (disk / "ballast").unlink(), "No space left on device")
+READ_ONLY = (partial(mount, "-o", "remount,ro"), partial(mount, "-o", "remount,rw"), "Read-only file system")
 
 
-def made(root, stage):
-    files = [path for path in root.glob(MADE[stage]) if path.is_file()]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
-
-
-@pytest.mark.parametrize(("stage", "fault"), [*((stage, "full") for stage in STAGES), ("shard", "read-only")])
+@pytest.mark.parametrize(("stage", "fault"), [*((stage, FULL) for stage in STAGES), ("shard", READ_ONLY)])
 def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path, stage, fault):
-    breaks, mends, words = FAULTS[fault]
+    breaks, mends, words = fault
     run = make_place(tiny_experiment(), disk)
     elsewhere = dataclasses.replace(run, storage=tmp_path / "elsewhere")
     for earlier in list(STAGES)[: list(STAGES).index(stage)]:
@@ -65,9 +56,9 @@ def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path
     breaks(disk)
     with pytest.raises(PipelineError, match=f"cannot be written .{words}.*the same command continues"):
         STAGES[stage](run)
-    assert made(disk, stage) == {} and not list(disk.rglob(".tmp-*"))
+    assert read_files(disk, MADE[stage]) == {} and not list(disk.rglob(".tmp-*"))
 
     mends(disk)
     for root in (run, elsewhere):
         STAGES[stage](root)
-    assert made(disk, stage) == made(tmp_path / "elsewhere", stage) != {}
+    assert read_files(disk, MADE[stage]) == read_files(tmp_path / "elsewhere", MADE[stage]) != {}

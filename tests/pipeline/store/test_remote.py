@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from urllib.request import Request, urlopen
 
 import boto3
 import pytest
 import torch
-from conftest import tiny_experiment
+from conftest import flip_bit, read_files, tiny_experiment
 from moto.server import ThreadedMotoServer
 
 from pipeline.cli.program import main
@@ -70,19 +69,23 @@ def objects(s3) -> dict[str, bytes]:
     return {entry["Key"]: s3.get_object(Bucket="runs", Key=entry["Key"])["Body"].read() for entry in listed}
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_what_is_finished_arrives_byte_for_byte_and_nothing_else(run, s3, tmp_path):
-    remote.push_run(run.path.name, run.storage, "s3://runs/team/a")
-    told = remote.pull_run(f"s3://runs/team/a/{run.path.name}", tmp_path)
-    there, here = files(tmp_path / run.path.name), files(run.path)
+def test_what_is_finished_arrives_byte_for_byte_and_what_is_there_does_not_travel_again(run, s3, tmp_path):
+    push = partial(remote.push_run, run.path.name, run.storage, "s3://runs/team/a")
+    pull = partial(remote.pull_run, f"s3://runs/team/a/{run.path.name}", tmp_path)
+    assert ", 0 were there" in push() and ": 0 files sent" in push()
+    told = pull()
+    there, here = read_files(tmp_path / run.path.name), read_files(run.path)
     stays = ("tracking.json", ".lock", ".sealed.json")
     wanted = {name: here[name] for name in here if "bbbbbbbbbbbb" not in name and not name.endswith(stays)}
     assert {name: there[name] for name in there.keys() - {".lock"}} == wanted
     assert f"{len(wanted)} files fetched, 0 were there" in told
     assert checkpoint.read_meta(tmp_path / run.path.name / "train" / "step_00000004")
+    checkpoint.save_checkpoint(run.locate_step(6), {}, {"w": torch.ones(1)}, 6)
+    assert ": 3 files sent" in push() and ": 3 files fetched" in pull()
+    told = pull()
+    assert ": 0 files fetched" in told and "kept" not in told
+    run.log.write_text('{"step": 1}\n{"step": 3}\n')
+    assert ": 1 files sent" in push()
 
 
 def test_shards_travel_by_themselves_and_a_folder_is_a_store_too(sharded_storage, tmp_path):
@@ -95,62 +98,43 @@ def test_shards_travel_by_themselves_and_a_folder_is_a_store_too(sharded_storage
     assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
 
 
-def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):
+def test_a_broken_push_or_pull_leaves_nothing_that_looks_finished(run, s3, monkeypatch, tmp_path):
     push = partial(remote.push_run, run.path.name, run.storage, "s3://runs/a")
-    assert ", 0 were there" in push() and ": 0 files sent" in push()
-    checkpoint.save_checkpoint(run.locate_step(6), {}, {"w": torch.ones(1)}, 6)
-    assert ": 3 files sent" in push()
-    told = [remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path) for _ in range(2)][1]
-    assert ": 0 files fetched" in told and "kept" not in told
-    run.log.write_text('{"step": 1}\n{"step": 3}\n')
-    assert ": 1 files sent" in push()
+    pull = partial(remote.pull_run, f"s3://runs/a/{run.path.name}", tmp_path)
+    put, get, moved = remote.ObjectStore.upload, remote.ObjectStore.download, []
 
-
-def test_a_broken_push_names_no_contents_and_the_next_one_goes_on(run, s3, monkeypatch, tmp_path):
-    put, sent = remote.ObjectStore.upload, []
-
-    def dies(store, path, name, facts):
-        if len(sent) == 4:
+    def dies(store, *words):  # a path or a name comes first
+        if str(words[0]).endswith("step_00000004/state.safetensors"):
             raise KeyboardInterrupt
-        sent.append(name)
-        return put(store, path, name, facts)
+        moved.append(str(words[0]))
+        return (put if len(words) == 3 else get)(store, *words)
 
-    monkeypatch.setattr(remote.ObjectStore, "upload", dies)
-    with pytest.raises(KeyboardInterrupt):
-        remote.push_run(run.path.name, run.storage, "s3://runs/a")
-    with pytest.raises(PipelineError, match="holds nothing that was pushed"):
-        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
-    monkeypatch.setattr(remote.ObjectStore, "upload", put)
-    assert ", 4 were there" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
-
-
-def test_a_broken_pull_leaves_nothing_that_looks_finished(run, s3, monkeypatch, tmp_path):
-    remote.push_run(run.path.name, run.storage, "s3://runs/a")
-    get, fetched = remote.ObjectStore.download, []
-
-    def dies(store, name, path):
-        if name.endswith("step_00000004/state.safetensors"):
-            raise KeyboardInterrupt
-        fetched.append(name)
-        return get(store, name, path)
-
-    monkeypatch.setattr(remote.ObjectStore, "download", dies)
-    with pytest.raises(KeyboardInterrupt):
-        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
-    assert "train/step_00000004/ema.safetensors" in fetched
-    assert 4 not in list_steps(tmp_path / run.path.name / "train")
-    monkeypatch.setattr(remote.ObjectStore, "download", get)
-    assert f", {len(fetched)} were there" in remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
+    for method, move in (("upload", push), ("download", pull)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(remote.ObjectStore, method, dies)
+            move()
+        assert moved[-1].endswith("step_00000004/ema.safetensors")
+        if move == push:
+            with pytest.raises(PipelineError, match="holds nothing that was pushed"):
+                pull()
+        assert 4 not in list_steps(tmp_path / run.path.name / "train")
+        assert f", {len(moved)} were there" in move()
+        moved.clear()
     assert checkpoint.read_meta(tmp_path / run.path.name / "train" / "step_00000004")
 
 
-def test_a_damaged_object_is_named_and_a_list_of_contents_leads_nowhere_else(run, s3, tmp_path):
+def test_damage_is_not_pushed_but_named_and_a_list_of_contents_leads_nowhere_else(run, s3, tmp_path):
     def replace(name: str, body: bytes) -> None:
         s3.put_object(Bucket="runs", Key=f"a/{run.path.name}/{name}", Body=body)
         with pytest.raises(PipelineError, match=r"ema\.safetensors is not what|lies outside"):
             remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
         assert not list(tmp_path.rglob("step_00000004")) and not (tmp_path / "escaped").exists()
 
+    flip_bit(tar := run.path / "samples" / "aaaaaaaaaaaa" / "00000.tar")
+    with pytest.raises(PipelineError, match=r"00000.tar does not match its sha256"):
+        remote.push_run(run.path.name, run.storage, "s3://runs/a")
+    assert objects(s3) == {}
+    flip_bit(tar)
     remote.push_run(run.path.name, run.storage, "s3://runs/a")
     ema = "train/step_00000004/ema.safetensors"
     body = objects(s3)[f"a/{run.path.name}/{ema}"]
@@ -158,13 +142,6 @@ def test_a_damaged_object_is_named_and_a_list_of_contents_leads_nowhere_else(run
     listed = json.loads(objects(s3)[f"a/{run.path.name}/contents.json"])
     listed["files"]["../escaped"] = listed["files"]["log.jsonl"]
     replace("contents.json", json.dumps(listed).encode())
-
-
-def test_a_file_that_is_not_what_its_manifest_says_is_not_pushed(run, s3):
-    (run.path / "samples" / "aaaaaaaaaaaa" / "00000.tar").write_bytes(b"Pixels" + b"pixels" * 999)
-    with pytest.raises(PipelineError, match=r"00000.tar does not match its sha256"):
-        remote.push_run(run.path.name, run.storage, "s3://runs/a")
-    assert objects(s3) == {}
 
 
 def test_what_was_finished_here_is_kept(run, s3, tmp_path):
@@ -209,24 +186,17 @@ def test_the_program_names_a_fault_in_a_line_and_no_secret(run, s3, server, tmp_
         assert error.startswith("error: ") and len(error.splitlines()) == 1
 
 
-PUSH = """
-import sys
-from pipeline.cli.program import main
-from pipeline.store import remote
-remote.LIMIT = 1
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("address, words", [
     ("s3://b/p?endpoint_override={}&scheme=http&region=x", "does not answer within 1 s"),
     ("gs://anonymous@b/p?endpoint_override={}&scheme=http", "does not answer within 1 s"),
     ("abfs://c@a.dfs.core.windows.net/p", "set AZURE_TENANT_ID"),
 ], ids=("s3", "gs", "azure"))  # fmt: skip
 def test_a_store_that_does_not_answer_is_not_waited_for(run, address, words):
+    code = "import sys; from pipeline.cli.program import main; from pipeline.store import remote; "
+    code += "remote.LIMIT = 1; sys.exit(main(sys.argv[1:]))"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = address.format("{}:{}".format(*silent.getsockname()))
-        command = [sys.executable, "-c", PUSH, "push", run.path.name, uri, f"cluster.storage={run.storage}"]
+        command = [sys.executable, "-c", code, "push", run.path.name, uri, f"cluster.storage={run.storage}"]
         keys = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"), "x")
         environment = {**os.environ, **keys, "no_proxy": "127.0.0.1"}
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
