@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm.config import DiffusionConfig
-from ddpm.denoisers import PosteriorMean, compute_linear_mse, compute_posterior_mean, compute_profile
+from ddpm.denoisers import PosteriorMean, compute_posterior_mean, compute_profile
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import compute_bits_per_dim, draw_timesteps
@@ -50,14 +50,6 @@ def denoise(x_t, t, context=None):
 
 def noise(t, rows):
     return draw_normal(7, Stream.NLL, t, INDEX[rows], (1, 4, 4)).double()
-
-
-def test_its_error_is_that_of_the_exact_posterior_of_gaussian_data():
-    """One direction of variance 1/2 and one of none: Var[x | x_t] by Bayes' rule, averaged over both."""
-    alpha_bar = torch.tensor([0.9, 0.1], dtype=torch.float64)
-    found = compute_linear_mse(torch.tensor([0.5, 0.0]).double(), alpha_bar)
-    expected = [1 / (1 / 0.5 + a / (1 - a)) / 2 for a in (0.9, 0.1)]
-    assert found.tolist() == pytest.approx(expected)
 
 
 def test_a_profile_belongs_to_its_schedule_and_variance_and_stands_a_singular_covariance():
