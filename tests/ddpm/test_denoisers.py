@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -65,17 +66,13 @@ def test_a_profile_belongs_to_its_schedule_and_variance_and_stands_a_singular_co
 
 
 def test_every_drawn_term_is_the_full_tables_entry_and_the_weights_add_up_to_the_table():
-    diffusion, calls = Diffusion(CONFIG), []
+    diffusion, net = Diffusion(CONFIG), Mock(wraps=denoise)
     x_0 = draw_normal(0, Stream.FIGURES, 0, INDEX, (1, 4, 4)).clamp(-1, 1).double()
     q = compute_profile(diffusion, torch.full((16,), 0.3).double())
     full = compute_bits_per_dim(diffusion, denoise, x_0, noise)
     t, weights = draw_timesteps(q, 7, INDEX, 12)
-
-    def count(x_t, t):
-        calls.append(len(x_t))
-        return denoise(x_t, t)
-
-    drawn = compute_bits_per_dim(diffusion, count, x_0, noise, timesteps=t, batch_size=10)
+    drawn = compute_bits_per_dim(diffusion, net, x_0, noise, timesteps=t, batch_size=10)
+    calls = [len(call.args[0]) for call in net.call_args_list]
     torch.testing.assert_close(drawn.terms, full.terms.gather(1, t))
     torch.testing.assert_close(drawn.mse, full.mse.gather(1, t))
     torch.testing.assert_close(drawn.prior, full.prior)

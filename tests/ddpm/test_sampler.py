@@ -78,16 +78,15 @@ def test_what_is_left_out_is_drawn():
 
 
 SOLVER = partial(DPMSolverMultistepScheduler, final_sigmas_type="zero")
-THEIRS = [
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("name, eta, clip, spacing, theirs", [
     *(("ddim", eta, True, "uniform", DDIMScheduler()) for eta in (0.0, 0.5)),
     *(("ddim", eta, False, "uniform", DDIMScheduler(clip_sample=False)) for eta in (0.0, 1.0)),
     *(("dpm++", 0.0, False, spacing, SOLVER()) for spacing in get_args(Spacing)),
     *(("dpm++", 1.0, False, spacing, SOLVER(algorithm_type="sde-dpmsolver++")) for spacing in get_args(Spacing)),
-]  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation")
-@pytest.mark.parametrize("name, eta, clip, spacing, theirs", THEIRS)
+])  # fmt: skip
 def test_each_step_is_that_of_diffusers(name, eta, clip, spacing, theirs):
     diffusion, x = Diffusion(), randn(*SHAPE)
     theirs.alphas_cumprod = diffusion.tables["alpha_bar"]  # its own are float32
