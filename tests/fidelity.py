@@ -11,17 +11,11 @@ from pipeline.scores import inception
 from pipeline.scores.extractors import EXTRACTORS, Extractor
 
 
-class Images(torch.utils.data.Dataset):
-    """Images as torch-fidelity takes them: uint8 CHW tensors."""
-
-    def __init__(self, images):
-        self.images = torch.from_numpy(images)
-
-    def __len__(self):
-        return len(self.images)
+class Images(torch.utils.data.TensorDataset):
+    """Images as torch-fidelity takes them: one uint8 CHW tensor each, where torch gives a tuple of one."""
 
     def __getitem__(self, i):
-        return self.images[i]
+        return self.tensors[0][i]
 
 
 class Registered(FeatureExtractorBase):
@@ -38,7 +32,7 @@ class Registered(FeatureExtractorBase):
         return False
 
     def forward(self, images):
-        outputs = dict(zip(("features", "logits"), self.net(images), strict=False))
+        outputs = dict(zip(self.get_provided_features_list(), self.net(images), strict=False))
         return tuple(outputs[layer] for layer in self.features_list)
 
 
@@ -47,7 +41,7 @@ def arguments(extractor: Extractor, *metrics: str) -> dict:
     own = extractor.kind == inception.NAME
     if not own and extractor.name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(extractor.name, Registered)
-    features, logits = inception.LAYERS if own else ("features", "logits")
+    features, logits = inception.LAYERS if own else Registered.get_provided_features_list()
     return {
         "feature_extractor": inception.NAME if own else extractor.name,
         "feature_extractor_weights_path": str(extractor.weights),

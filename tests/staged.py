@@ -6,6 +6,7 @@ from functools import partial
 from conftest import one_cpu
 
 from pipeline.engine.plan import list_rounds
+from pipeline.stages import evaluate
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json
 
@@ -30,6 +31,12 @@ asking_for, scoring = partial(change, section="sample"), partial(change, section
 
 def results(place):
     return read_json(place.metrics_json, dict)
+
+
+def evaluated(place):
+    """What metrics.json holds after an evaluation."""
+    run_stage(evaluate, place)
+    return results(place)
 
 
 def run_stage(stage, place):

@@ -24,8 +24,7 @@ def tiny(monkeypatch):
 
 
 def test_the_floor_repeats_every_product_of_a_training_step():
-    net = UNet(TINY, 32, 3, 3)
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    net, x, t = UNet(TINY, 32, 3, 3), torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     step = lambda: net(x, t).sum().backward()  # noqa: E731
     ours, floor = products_of(step), products_of(floor_of(step))
     assert ours == floor and ours["aten::convolution_backward"] > 10 and ours["aten::addmm"] > 5
@@ -39,12 +38,8 @@ def products_of(call):
 
 
 def test_the_command_prints_its_table_last_and_writes_json(tiny, tmp_path, capsys):
-    threads = torch.get_num_threads()
-    try:
-        command.main(["unet", "sampling", "--quick", "--rounds", "1", "--threads", "1", "--device", "cpu",
-                      "--clock", "cpu", "--json", str(tmp_path / "found.json")])  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
+    words = "unet sampling --quick --rounds 1 --threads 1 --device cpu --clock cpu --json"
+    command.main([*words.split(), str(tmp_path / "found.json")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith(("sampling", "unet"))
     content = json.loads((tmp_path / "found.json").read_text())

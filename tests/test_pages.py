@@ -43,8 +43,7 @@ def test_the_tree_of_the_architecture_page_is_that_of_the_code():
 
 
 def test_the_snippet_of_the_library_page_trains_and_draws():
-    page = (ROOT / "docs" / "library.md").read_text()
-    snippet, *_ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    snippet = (ROOT / "docs" / "library.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict = {}
     torch.manual_seed(0)
     exec(snippet, names)
@@ -58,9 +57,8 @@ def test_the_commands_of_the_page_of_networks_read_the_images_that_it_makes(tmp_
     blocks = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / "networks.md").read_text(), flags=re.DOTALL)
     for snippet in [text for language, text in blocks if language == "python"]:
         exec(snippet, {})
-    texts = [text.replace("\\\n", " ") for language, text in blocks if not language]
-    lines = [line for text in texts for line in text.splitlines()]
-    seen = set()
+    shown = "".join(text.replace("\\\n", " ") for language, text in blocks if not language)
+    lines, seen = shown.splitlines(), set()
     for _, _, name, *overrides in [shlex.split(line) for line in lines if line.startswith("ddpm ")]:
         experiment = config.load_experiment(name, [w for w in overrides if not w.startswith("cluster.")])
         seen.add(experiment.data.source)

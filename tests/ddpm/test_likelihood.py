@@ -92,19 +92,15 @@ def test_terms_and_mse_satisfy_their_identity(predict, variance):
 def test_float32_agrees_with_float64():
     x_0 = from_uint8(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
     diffusion = Diffusion(replace(PAPER, predict="x0"))
-    noise = noise_like(x_0)
-    draws = [noise(t, slice(None)) for t in range(1000)]
+    draws = torch.randn(1000, *x_0.shape, generator=torch.Generator().manual_seed(0))
 
     def near(x_t, t):
         clean = x_0.to(x_t.dtype).repeat(len(x_t) // len(x_0), 1, 1, 1)
         return clean + 1e-5 * (t.reshape(-1, 1, 1, 1) + 100) * torch.cos(9 * clean)
 
-    single, double = (
-        compute_bits_per_dim(
-            diffusion, near, x, lambda t, rows, x=x: draws[t][rows].to(x.dtype), batch_size=200
-        )
-        for x in (x_0, x_0.double())
-    )
+    bound = partial(compute_bits_per_dim, diffusion, near, batch_size=200)
+    single = bound(x_0, lambda t, rows: draws[t][rows])
+    double = bound(x_0.double(), lambda t, rows: draws[t][rows].double())
     assert single.terms.dtype == torch.float64
     torch.testing.assert_close(single.total, double.total, rtol=1e-5, atol=0)
 
@@ -130,14 +126,12 @@ def test_an_image_has_one_result_whatever_the_batching():
 
 
 def test_context_follows_its_images():
-    labels = torch.tensor([0.1, 0.7], dtype=torch.float64)
-    x_0 = grey(100, n=2)
-    diffusion = Diffusion(DiffusionConfig(timesteps=4, predict="x0"))
-
-    def net(x_t, t, context):
-        return context.reshape(-1, 1, 1, 1).expand_as(x_t)
-
-    result = compute_bits_per_dim(diffusion, net, x_0, noise_like(x_0), context=labels, batch_size=6)
+    x_0, labels = grey(100, n=2), torch.tensor([0.1, 0.7], dtype=torch.float64)
+    result = compute_bits_per_dim(
+        Diffusion(DiffusionConfig(timesteps=4, predict="x0")),
+        lambda x_t, t, context: context.reshape(-1, 1, 1, 1).expand_as(x_t),
+        x_0, noise_like(x_0), context=labels, batch_size=6,
+    )  # fmt: skip
     expected = (labels - x_0[0, 0, 0, 0]) ** 2
     torch.testing.assert_close(result.mse, expected[:, None].expand(2, 4))
 

@@ -34,13 +34,10 @@ def test_normal_data_with_fixedlarge_is_reversed_exactly():
     The last step adds no noise, so x_0 lacks beta_1 of it.
     """
     diffusion = Diffusion(replace(SMALL, variance="fixedlarge"))
-    one_minus = diffusion.tables["one_minus_alpha_bar"]
-
-    def optimal(x_t, t):
-        return one_minus[t].sqrt().reshape(-1, 1, 1, 1) * x_t
-
+    optimal = diffusion.tables["one_minus_alpha_bar"].sqrt().reshape(-1, 1, 1, 1)
     sources = torch.eye(20, dtype=torch.float64).reshape(20, 1, 1, 1, 20)  # x_T and z_19..z_1
-    for step in run_chain(diffusion, optimal, sources[0], lambda t: sources[20 - t], clip=False):
+    shown = partial(run_chain, diffusion, lambda x_t, t: optimal[t] * x_t, sources[0], clip=False)
+    for step in shown(lambda t: sources[20 - t]):
         variance = (step.x_t**2).sum().item()
         expected = 1 - diffusion.tables["beta"][0].item() if step.t == 0 else 1.0
         assert variance == pytest.approx(expected, abs=1e-12)
@@ -76,22 +73,20 @@ def test_what_is_left_out_is_drawn():
     torch.testing.assert_close(compute_batch_loss(diffusion, net, x_0, t, eps), expected)
     loss = compute_batch_loss(diffusion, lambda x_t, t: torch.zeros_like(x_t), x_0)
     assert loss.item() == pytest.approx(1, abs=0.06)  # the mean of eps^2
-    mixed = sampler.interpolate(diffusion, net, x_0, x_0, 0.5, 9)
-    back = sampler.step_back(diffusion, net, x_0, t)
-    assert mixed.std() > 0 and back.std() > 0
+    assert sampler.interpolate(diffusion, net, x_0, x_0, 0.5, 9).std() > 0
+    assert sampler.step_back(diffusion, net, x_0, t).std() > 0
 
 
 SOLVER = partial(DPMSolverMultistepScheduler, final_sigmas_type="zero")
-THEIRS = [
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("name, eta, clip, spacing, theirs", [
     *(("ddim", eta, True, "uniform", DDIMScheduler()) for eta in (0.0, 0.5)),
     *(("ddim", eta, False, "uniform", DDIMScheduler(clip_sample=False)) for eta in (0.0, 1.0)),
     *(("dpm++", 0.0, False, spacing, SOLVER()) for spacing in get_args(Spacing)),
     *(("dpm++", 1.0, False, spacing, SOLVER(algorithm_type="sde-dpmsolver++")) for spacing in get_args(Spacing)),
-]  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation")
-@pytest.mark.parametrize("name, eta, clip, spacing, theirs", THEIRS)
+])  # fmt: skip
 def test_each_step_is_that_of_diffusers(name, eta, clip, spacing, theirs):
     diffusion, x = Diffusion(), randn(*SHAPE)
     theirs.alphas_cumprod = diffusion.tables["alpha_bar"]  # its own are float32
@@ -118,15 +113,7 @@ def test_the_error_on_normal_data_falls_with_the_order_of_the_sampler(name, orde
     diffusion = Diffusion()
     alpha_bar = diffusion.tables["alpha_bar"]
     deviation = (1 - 0.75 * alpha_bar).sqrt()
-
-    def optimal(x_t, t):
-        factor = (1 - alpha_bar[t]).sqrt() / deviation[t] ** 2
-        return factor.reshape(-1, 1, 1, 1) * x_t
-
-    def pick(unit, timesteps, t):
-        return unit[timesteps.index(t) - 1]
-
-    errors = []
+    optimal, errors = ((1 - alpha_bar).sqrt() / deviation**2).reshape(-1, 1, 1, 1), []
     for steps in (21, 41, 81, 161):
         timesteps = sampler.space_timesteps(diffusion, steps, "logsnr")
         unit = torch.eye(steps, dtype=torch.float64).reshape(steps, 1, 1, 1, steps)
@@ -134,7 +121,8 @@ def test_the_error_on_normal_data_falls_with_the_order_of_the_sampler(name, orde
         ends = []
         for eta in (1.0, 0.0):
             chain = run_chain(
-                diffusion, optimal, x_T, partial(pick, unit, timesteps),
+                diffusion, lambda x_t, t: optimal[t] * x_t, x_T,
+                lambda t, unit=unit, timesteps=timesteps: unit[timesteps.index(t) - 1],
                 sampler=name, eta=eta, timesteps=timesteps, clip=False,
             )  # fmt: skip
             ends.append([*chain][-2].x_t)

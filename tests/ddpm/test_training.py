@@ -133,10 +133,8 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
     def pass_to_network(context, share=0.25, first=0):
         settings, x_0 = config(label_dropout=share, batch_size=4000), torch.zeros(4000 - first, 1, 1, 1)
         state, rows = TrainState(settings, Affine(), DIFFUSION.config), torch.arange(first, 4000)
-        workers = 2 if first else 1
-        train_step(
-            state, DIFFUSION, x_0, rows, config=settings, seed=SEED, context=context[rows], world_size=workers
-        )  # fmt: skip
+        how = {"config": settings, "seed": SEED, "world_size": 2 if first else 1}
+        train_step(state, DIFFUSION, x_0, rows, context=context[rows], **how)
         return state.net.seen[0][2]
 
     some = pass_to_network(labels)
@@ -150,12 +148,16 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
 
 
 def test_a_part_of_a_batch_and_wrong_settings_are_refused():
-    settings, x_0 = config(batch_size=4), torch.zeros(3, 1, 1, 1)
-    state = TrainState(settings, Affine(), DIFFUSION.config)
-    with pytest.raises(ValueError, match="batch_size=4"):  # its loss and its gradient would be too small
-        train_step(state, DIFFUSION, x_0, torch.arange(3), config=settings, seed=SEED)
+    with pytest.raises(ValueError, match="batch_size=8"):  # its loss and its gradient would be too small
+        step(TrainState(CONFIG, Affine(), DIFFUSION.config), CONFIG, ROWS[:3])
     with pytest.raises(ValueError, match="lr: is -1"):
         TrainState(config(lr=-1.0), Affine(), DIFFUSION.config)
+    for key, changes in (
+        ("steps", {"steps": 0}), ("accumulate", {"accumulate": 9}), ("lr", {"lr": math.nan}),
+        ("lr_decay", {"lr_decay": "cosine"}), ("grad_clip", {"grad_clip": 0.0}), ("ema_decay", {"ema_decay": ()}),
+        ("ema_decay", {"ema_decay": (0.9, 1.0)}), ("label_dropout", {"label_dropout": 1.5}),
+    ):  # fmt: skip
+        assert key in [name for name, _ in config(**changes).find_problems()]
 
 
 @pytest.mark.parametrize("random_flip", [True, False])
@@ -192,7 +194,7 @@ def test_tf32_is_on_in_tf32_alone_and_restored(precision, monkeypatch):
 )
 def test_whatever_the_cut_of_the_batch_its_loss_gradient_and_dropped_units_stay(accumulate, cuts):
     settings = config(grad_clip=None)
-    whole, parts = small_state(settings, dropout=0.4), small_state(settings, dropout=0.4)
+    whole, again, parts = (small_state(settings, dropout=0.4) for _ in range(3))
     expected = step(whole, settings)
     found = step(parts, dataclasses.replace(settings, accumulate=accumulate))
     assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
@@ -206,9 +208,8 @@ def test_whatever_the_cut_of_the_batch_its_loss_gradient_and_dropped_units_stay(
     assert loss == pytest.approx(expected["loss"].item(), rel=1e-6)
     assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
     assert_close(workers, gradients(whole), rtol=1e-4, atol=1e-6)
-    again, plain = small_state(settings, dropout=0.4), small_state(settings)
     step(again, settings)
-    step(plain, settings)
+    step(plain := small_state(settings), settings)
     assert all(torch.equal(gradients(again)[name], its) for name, its in gradients(whole).items())
     assert any(not torch.allclose(gradients(plain)[name], its) for name, its in gradients(whole).items())
 
@@ -264,10 +265,10 @@ def test_importance_weights_reach_loss_and_gradient():
     state.t_sampler.losses.copy_(torch.tensor([[1.0], [2.0], [5.0]]).expand(3, 10))
     t_drawn, weight, eps, *_ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 3, state.t_sampler)
     metrics = step(state, settings, diffusion=IMPORTANCE)
-    x_t, t = state.net.seen[0][:2]
-    assert torch.equal(t, t_drawn)
+    x_t, t, *_ = state.net.seen[0]
     error = 0.3 * x_t - 0.2 - eps
     losses = error.square().mean(dim=(1, 2, 3))
+    assert torch.equal(t, t_drawn)
     assert metrics["loss"].item() == pytest.approx((weight * losses).mean().item(), rel=1e-5)
     slope = (weight * (2 * error).mean(dim=(1, 2, 3))).mean()
     assert state.net.b.grad.item() == pytest.approx(slope.item(), rel=1e-4)
@@ -294,12 +295,3 @@ def test_the_state_has_its_names_and_loading_names_what_does_not_fit_and_changes
     state.net.to(memory_format=torch.contiguous_format)
     with pytest.raises(RuntimeError, match="memory format"):
         step(state, CONFIG)  # it was changed too late
-
-
-@pytest.mark.parametrize(("key", "changes"), [
-    ("steps", {"steps": 0}), ("accumulate", {"accumulate": 9}), ("lr", {"lr": math.nan}),
-    ("lr_decay", {"lr_decay": "cosine"}), ("grad_clip", {"grad_clip": 0.0}), ("ema_decay", {"ema_decay": ()}),
-    ("ema_decay", {"ema_decay": (0.9, 1.0)}), ("label_dropout", {"label_dropout": 1.5}),
-])  # fmt: skip
-def test_problems_name_the_key(key, changes):
-    assert key in [name for name, _ in config(**changes).find_problems()]

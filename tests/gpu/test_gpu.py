@@ -140,19 +140,16 @@ def test_fused_kernels_equal_float64(dtype):
 @pytest.mark.parametrize("name", ["unet", "fused", "context_unet", "mha_unet"])
 def test_a_recorded_training_equals_a_plain_one(name, parts):
     """Bit by bit where the algorithms have one order; over the tried calls, the recording and its repetitions."""
-    net = (
-        NETWORKS[name]()
-        if name in ("context_unet", "mha_unet")
-        else dataclasses.replace(SMALL, fused=name == "fused")
-    )
+    is_exact = name in ("unet", "fused")
+    net = dataclasses.replace(SMALL, fused=name == "fused") if is_exact else NETWORKS[name]()
     config, found = dataclasses.replace(TRAIN, precision="bf16", accumulate=parts), []
-    with use_deterministic(name in ("unet", "fused")):
+    with use_deterministic(is_exact):
         for compute in (None, RecordedGradients()):
             state, step = make_step(DEVICE, config, net, compute)
             results = [step() for _ in range(6)]
             found.append([torch.stack([r["loss"] for r in results]), *state.state_dict().values()])
     for value, expected in zip(found[1], found[0], strict=True):
-        if name in ("unet", "fused"):
+        if is_exact:
             assert torch.equal(value, expected)
         else:
             torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
@@ -173,14 +170,13 @@ def test_a_recorded_network_equals_itself():
 def test_five_steps_never_wait_for_the_device(precision):
     _, step = make_step(DEVICE, dataclasses.replace(TRAIN, precision=precision))
     step()
-    if DEVICE.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+    set_mode = torch.cuda.set_sync_debug_mode if DEVICE.type == "cuda" else lambda mode: None
+    set_mode("error")
     try:
         for _ in range(5):
             step()
     finally:
-        if DEVICE.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        set_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

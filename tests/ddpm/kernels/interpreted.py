@@ -10,6 +10,7 @@ from ddpm.networks.config import UNetConfig
 from ddpm.networks.layers import RowDropout, draw_kept, set_dropout_keys, view_as_images
 
 DROPPED, GROUPS = 6554, 8  # of 2**16; of channels
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def activate_plainly(x, temb, weight, bias, keys, swish):
@@ -38,16 +39,13 @@ def test_the_norm_equals_float64(dtype, channels, side, has_all):
     keys = None
     if has_all:  # of an image in neighbouring places, as a training step has them
         keys = torch.randint(-(2**31), 2**31, (2, 4), dtype=torch.int32, generator=draws)[:, 1:3].T
-    inputs = [x, *([temb] if has_all else []), weight, bias]
+    inputs, how = [x, *([temb] if has_all else []), weight, bias], (keys, GROUPS, 1e-6, DROPPED, has_all)
     ours = [value.clone().requires_grad_() for value in inputs]
     theirs = [value.double().detach().requires_grad_() for value in inputs]
     if not has_all:
         ours.insert(1, None), theirs.insert(1, None)
-        torch.library.opcheck(
-            fused.activate_norm, (*ours, keys, GROUPS, 1e-6, DROPPED, has_all),
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-        )  # fmt: skip
-    found = fused.activate_norm(*ours, keys, GROUPS, 1e-6, DROPPED, has_all)[0]
+        torch.library.opcheck(fused.activate_norm, (*ours, *how), test_utils=CHECKS)
+    found = fused.activate_norm(*ours, *how)[0]
     expected = activate_plainly(*theirs, keys, has_all)
     gradient = torch.randn(found.shape, generator=draws).to(dtype)
     found.backward(gradient)
@@ -73,10 +71,7 @@ def test_the_sum_of_a_branch_equals_float64(dtype):
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
     for value, exact in [(found, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]:
         assert (value.double() - exact).norm() < limit * exact.norm()
-    torch.library.opcheck(
-        fused.add_branch, tuple(ours),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    torch.library.opcheck(fused.add_branch, tuple(ours), test_utils=CHECKS)
 
 
 def test_a_fused_network_learns_as_the_plain_one(monkeypatch):

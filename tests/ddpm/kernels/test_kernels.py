@@ -30,39 +30,27 @@ def distance(a, b):
     return float((a.double() - b.double()).detach().norm() / b.double().detach().norm())
 
 
-def norm_layer(channels, groups):
-    norm = nn.GroupNorm(groups, channels, 1e-6)
-    with torch.no_grad():
-        norm.weight += 0.3 * numbers(channels, seed=1)
-        norm.bias += 0.3 * numbers(channels, seed=2)
-    return norm
-
-
-def value_and_gradients(f, norm, x, gradient):
-    y = f(x)
-    return [y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], gradient.to(y.dtype))]
-
-
 @pytest.mark.parametrize("swish", [True, False])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("channels", "side"), [(32, 32), (96, 6), (120, 8)])
 @pytest.mark.parametrize("cached", [1, 7000, 2**17])  # one image at a time, a few and a rest, all together
 def test_group_norm(monkeypatch, swish, memory_format, channels, side, cached):
     monkeypatch.setattr(cpu, "CACHED", cached)
-    norm = norm_layer(channels, 8)
+    norm, bare = nn.GroupNorm(8, channels, 1e-6), nn.GroupNorm(8, channels, affine=False)
+    norm.weight.data += 0.3 * numbers(channels, seed=1)
+    norm.bias.data += 0.3 * numbers(channels, seed=2)
     x, gradient = (bf16(5, channels, side, side, seed=s, memory_format=memory_format) for s in (3, 4))
-
-    def plain(x):
-        return F.silu(norm(x)) if swish else norm(x)
-
-    found = value_and_gradients(lambda x: cpu.group_norm(norm, x, swish), norm, x, gradient)
-    exact = value_and_gradients(plain, norm, x.detach().float().requires_grad_(), gradient)
-    assert found[0].dtype == torch.bfloat16 and found[0].stride() == x.stride()
+    wide = x.detach().float().requires_grad_()
+    y, exact = cpu.group_norm(norm, x, swish), F.silu(norm(wide)) if swish else norm(wide)
+    assert y.dtype == torch.bfloat16 and y.stride() == x.stride()
     with torch.no_grad():
-        assert distance(cpu.group_norm(norm, x, swish), exact[0]) < 0.003
+        assert distance(cpu.group_norm(norm, x, swish), exact) < 0.003
+    found = [y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], gradient)]
+    expected = [exact, *torch.autograd.grad(exact, [wide, norm.weight, norm.bias], gradient.float())]
     # Rounded once, at the end; the sums over images not at all (torch's bf16 kernel: 0.0025 and 0.0016).
-    for a, b, limit in zip(found, exact, (0.002, 0.002, 1e-5, 1e-5), strict=True):
+    for a, b, limit in zip(found, expected, (0.002, 0.002, 1e-5, 1e-5), strict=True):
         assert distance(a, b) < limit
+    assert torch.autograd.grad(cpu.group_norm(bare, x, swish).sum(), x)[0].isfinite().all(), "without weights"
 
 
 @pytest.mark.parametrize("length", [16, 2000])
@@ -82,7 +70,7 @@ ERRORS = [(F4, torch.float32, 5e-6), (F2, torch.float32, 1e-6), (F2, torch.bfloa
 
 
 @pytest.mark.parametrize("chunk", [1, 200, 4096])  # an image at a time, some and a rest, all together
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("basis", "dtype", "limit"), ERRORS)
 def test_value_and_gradients(monkeypatch, basis, dtype, limit, memory_format, chunk):
     monkeypatch.setattr(winograd, "CHUNK", chunk)
@@ -129,51 +117,45 @@ def small_unet(channels):
     return net
 
 
-# Relative errors of outputs and gradients; small gradients (the keys' biases have none but rounding) by the largest.
+def differentiate(net, x, precision, call=None):
+    """The output of a network, or of another call of it, and the gradients of its weights."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        y = (call or net)(x, torch.tensor([10, 999]))
+    return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
+
+
+def assert_near(found, expected, limit, least):
+    """Relative errors; small gradients (the keys' biases have none but rounding) by a share of the largest."""
+    largest = max(tensor.detach().norm() for tensor in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).detach().norm() < limit * max(other.detach().norm(), least * largest)
+
+
 @pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_outputs_and_gradients_are_the_plain_networks(precision, limit):
     net, x = small_unet(128 if precision == torch.float32 else 32), numbers(2, 3, 32, 32, seed=1)
     names, tensors = list(net.state_dict()), [p.data_ptr() for p in net.parameters()]
-
-    def run():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            y = net(x, torch.tensor([10, 999]))
-        return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
-
-    expected = run()
+    expected = differentiate(net, x, precision)
     with mock.patch.object(winograd, "conv3x3", wraps=winograd.conv3x3) as short:
-        found = accelerate(net) and run()
+        assert_near(differentiate(accelerate(net), x, precision), expected, limit, least=1e-3)
     assert precision != torch.float32 or short.call_count > 5
     assert list(net.state_dict()) == names and [p.data_ptr() for p in net.parameters()] == tensors
-    largest = max(float(tensor.detach().norm()) for tensor in expected)
-    for one, other in zip(found, expected, strict=True):
-        least = max(float(other.detach().norm()), 1e-3 * largest)
-        assert float((one - other).detach().norm()) < limit * least
     layers = [type(module) for module in net.modules()]
     assert [type(module) for module in accelerate(net).modules()] == layers
 
 
 def test_the_layers_of_a_gpu_compute_the_same_network(monkeypatch):
     """Run on the CPU: norms in bf16, one product for q, k and v, joined casts of all weights, casts that are kept."""
-    net, x, t = accelerate(small_unet(32)), torch.randn(2, 3, 32, 32), torch.tensor([10, 999])
-    parameters = list(net.parameters())
-
-    def run(call):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = call(x, t)
-        return [y, *torch.autograd.grad(y.square().sum(), parameters)]
-
-    expected = run(net)
+    net, x = accelerate(small_unet(32)), torch.randn(2, 3, 32, 32)
+    expected = differentiate(net, x, torch.bfloat16)
     monkeypatch.setattr(cuda, "is_on_cuda", lambda x: True)
     monkeypatch.setattr(cpu, "_is_bf16_on_cpu", lambda x: False)
-    found = run(partial(cuda.call_with_cast_weights, net))
+    found = differentiate(net, x, torch.bfloat16, partial(cuda.call_with_cast_weights, net))
     assert {y.dtype for y in found} == {torch.float32}
-    largest = max(float(tensor.detach().norm()) for tensor in expected)
-    for one, other in zip(found, expected, strict=True):
-        assert float((one - other).detach().norm()) < 5e-2 * max(float(other.detach().norm()), 1e-2 * largest)
+    assert_near(found, expected, 5e-2, least=1e-2)
     cuda.keep_cast_weights(net)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(net(x, t), found[0])
+        assert torch.equal(net(x, torch.tensor([10, 999])), found[0])
 
 
 @pytest.mark.parametrize("channels", [8, 128])
@@ -189,9 +171,3 @@ def test_a_convolution_of_another_kind_is_computed_as_it_is(settings, channels):
     with torch.no_grad():
         torch.testing.assert_close(cpu.convolve(layer, x), layer(x), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(cpu.convolve(layer, x[0]), layer(x[0]), rtol=1e-3, atol=1e-4)
-
-
-def test_group_norm_without_weights_has_its_gradient():
-    norm, x = nn.GroupNorm(2, 4, affine=False), torch.randn(2, 4, 4, 4).bfloat16().requires_grad_()
-    cpu.group_norm(norm, x, swish=True).sum().backward()
-    assert x.grad is not None

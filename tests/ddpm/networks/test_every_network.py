@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 from typing import Annotated, Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -54,9 +55,8 @@ def classes(config):
     return LABEL_CLASSES if config.takes_labels else 0
 
 
-def build(config, seed=0, out_channels=3, **kwargs):
-    net = build_network(config, SIZE, 3, out_channels, seed, num_classes=classes(config), **kwargs)
-    return accelerate(net)
+def build(config, seed=0, **kwargs):
+    return accelerate(build_network(config, SIZE, 3, 3, seed, num_classes=classes(config), **kwargs))
 
 
 def state_of(config, seed=0):
@@ -90,12 +90,20 @@ def test_all_networks_are_tested_here_and_some_refuse_labels():
 
 
 @every_network
-def test_trains_averages_and_samples(config):
-    state = state_of(config)
+def test_trains_resumes_bit_for_bit_averages_and_samples(config):
+    state, resumed = state_of(config), state_of(config, seed=7)
     before = copy.deepcopy(state.net.state_dict())
-    metrics = updates(state, 3)
+    updates(state, 2)
+    saved = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    metrics = updates(state, 2)
     assert all(torch.isfinite(value) for step in metrics for value in step.values())
     assert [name for name, p in state.net.named_parameters() if torch.equal(before[name], p)] == []
+    resumed.load_state_dict(saved)
+    torch.rand(5)  # the process's own history must not matter
+    updates(resumed, 2)
+    expected, found = state.state_dict(), resumed.state_dict()
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     averaged = build(config, device="meta").to_empty(device="cpu")
     averaged.load_state_dict(state.emas[0].state_dict())  # strict: buffers too
     labels = torch.tensor([0, 1, 2, NO_LABEL]) if classes(config) else None
@@ -106,28 +114,12 @@ def test_trains_averages_and_samples(config):
 
 
 @every_network
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(config):
-    state = state_of(config)
-    updates(state, 2)
-    saved = {name: tensor.clone() for name, tensor in state.state_dict().items()}
-    updates(state, 2)
-    resumed = state_of(config, seed=7)
-    resumed.load_state_dict(saved)
-    torch.rand(5)  # the process's own history must not matter
-    updates(resumed, 2)
-    expected, found = state.state_dict(), resumed.state_dict()
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-
-
-@every_network
 def test_guidance(config):
-    net = state_of(config).net.eval()
+    net, labels = state_of(config).net.eval(), LABELS[:4]
     if not classes(config):
         with pytest.raises(ValueError, match=r"takes no labels.*data\.labels"):
-            drawn(net, LABELS[:4])
+            drawn(net, labels)
         return
-    labels = LABELS[:4]
     chosen, none = drawn(net, labels), drawn(net, torch.full_like(labels, NO_LABEL))
     torch.testing.assert_close(drawn(add_guidance(net, 1.0, NO_LABEL), labels), chosen, atol=1e-4, rtol=0)
     torch.testing.assert_close(drawn(add_guidance(net, 0.0, NO_LABEL), labels), none, atol=1e-4, rtol=0)
@@ -256,10 +248,6 @@ def test_a_network_that_cannot_be_trained_or_saved_is_refused(reason):
         check_network(net, (1, 8, 8), 1, takes_labels=False)
 
 
-def leave(*_, **__):
-    raise SystemExit("a script")
-
-
 @pytest.mark.parametrize("problems", [lambda **_: 1 / 0, lambda image_size: [], lambda *_, **__: "width"])
 def test_a_wrong_list_of_problems_is_a_problem(monkeypatch, problems):
     monkeypatch.setattr(Net, "problems", staticmethod(problems), raising=False)
@@ -267,16 +255,14 @@ def test_a_wrong_list_of_problems_is_a_problem(monkeypatch, problems):
 
 
 def test_a_module_that_ends_the_program_cannot_be_imported(monkeypatch):
-    monkeypatch.setattr(custom, "import_module", leave)
+    monkeypatch.setattr(custom, "import_module", Mock(side_effect=SystemExit("a script")))
     with pytest.raises(ValueError, match="SystemExit: a script"):
         make_config_class("script:Net")
 
 
-REFUSED = {"Strange": r"\*\*more", "Held": "pair", "Unfit": "forward", "pickle": "such", "Gone": "such"}
-
-
 def test_what_is_no_network_or_has_an_output_of_another_shape_or_type_is_refused():
-    for name, reason in REFUSED.items():
+    refused = {"Strange": r"\*\*more", "Held": "pair", "Unfit": "forward", "pickle": "such", "Gone": "such"}
+    for name, reason in refused.items():
         with pytest.raises(ValueError, match=reason):
             find(name)
     outputs = {r"\(2, 1, 7, 8\)": lambda x: x[:, :, 1:], "float64": torch.Tensor.double, "tuple": tuple}

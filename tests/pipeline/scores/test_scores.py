@@ -46,28 +46,29 @@ def trained(digits, tmp_path_factory):
 def extractor(request, trained):
     if request.param == "classifier":
         return in_file("classifier", trained)
-    return projection_of(1, trained.with_name("projection.safetensors"))
+    return saved("projection", projection.Projection(1), trained.with_name("projection.safetensors"))
 
 
 def in_file(kind, path):
     return Extractor(kind, path, hash_file(path))
 
 
-def projection_of(channels, path):
-    save_file(projection.Projection(channels).state_dict(), path)
-    return in_file("projection", path)
+def saved(kind, net, path):
+    save_file(net.state_dict(), path)
+    return in_file(kind, path)
 
 
 def their_scores(extractor, images, reference, whole=True):
     """torch-fidelity's own call, on the same extractor and images; without FID and shuffled IS unless `whole`."""
     knows_classes, n = extractor.kind != "projection", min(len(images), len(reference))
+    images, reference = (Images(torch.from_numpy(its)) for its in (images, reference))
     settings = {
-        "input1": Images(images), "cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False,
+        "input1": images, "cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False,
         "batch_size": 50, "isc_splits": min(scores.SPLITS, len(images)), "isc": knows_classes,
     }  # fmt: skip
     metrics = ("fid", "kid", "prc", *(("isc",) if knows_classes else ()))
     found = torch_fidelity.calculate_metrics(
-        **settings, **arguments(extractor, *metrics), input2=Images(reference), fid=whole, kid=True, prc=True,
+        **settings, **arguments(extractor, *metrics), input2=reference, fid=whole, kid=True, prc=True,
         kid_subset_size=n // 2, samples_shuffle=False,
     )  # fmt: skip
     del found["f_score"]
@@ -115,9 +116,8 @@ def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
     net = classifier.load_classifier(trained)
     assert classifier.measure_accuracy(net, *digits[1]) >= 0.95
     net.head.bias.data += 1
-    save_file(net.state_dict(), other := trained.with_name("other.safetensors"))
-    names = {in_file("classifier", file).name for file in (trained, other)}
-    assert len(names) == 2 and all(name.startswith("classifier-") for name in names)
+    other = saved("classifier", net, trained.with_name("other.safetensors")).name
+    assert other.startswith("classifier-") and in_file("classifier", trained).name != other
 
 
 def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
@@ -135,10 +135,9 @@ def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
 
 def test_extractors_take_larger_images_with_colours(tmp_path):
     images = image_sets.draw_noise_images(0, 3, (3, 256, 256))
-    save_file(classifier.Classifier(3, 7).state_dict(), tmp_path / "c.safetensors")
-    trained = in_file("classifier", tmp_path / "c.safetensors")
-    for extractor, classes in ((trained, 7), (projection_of(3, tmp_path / "p.safetensors"), 0)):
-        features, logits = extractors.extract_features(extractor, images, CPU)
+    nets = (("classifier", classifier.Classifier(3, 7), 7), ("projection", projection.Projection(3), 0))
+    for kind, net, classes in nets:
+        features, logits = extractors.extract_features(saved(kind, net, tmp_path / kind), images, CPU)
         assert features.shape == (3, 64) and logits.shape == (3, classes)
 
 
@@ -257,11 +256,10 @@ def test_missing_inception_weights_say_where_to_put_them_and_damaged_ones_are_re
 
 
 def test_tf32_is_off_around_features_and_restored(monkeypatch, trained, digits):
-    seen = []
-    extractor = in_file("classifier", trained)
-    load = extractors.load_extractor(extractor, CPU)
+    seen, extractor = [], in_file("classifier", trained)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    hook = load.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    net = extractors.load_extractor(extractor, CPU)
+    hook = net.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     extractors.extract_features(extractor, digits[1][0][:2], CPU)
     hook.remove()
     assert seen == [False] and torch.backends.cudnn.allow_tf32

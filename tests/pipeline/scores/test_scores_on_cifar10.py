@@ -67,18 +67,7 @@ def covariance(test_images):
 
 # The bound of the best linear denoiser
 
-BETAS = np.linspace(1e-4, 0.02, 1000)
-ALPHA_BAR = np.cumprod(1 - BETAS)
-
-
-def expected_terms(mse):
-    """Terms (1000,) at t >= 1 of fixedlarge, from the MSE of the estimate of x_0; index 0 is unused."""
-    beta, now = BETAS, ALPHA_BAR
-    before = np.concatenate([[1.0], now[:-1]])
-    posterior = beta * (1 - before) / (1 - now)
-    with np.errstate(divide="ignore"):
-        overhead = 0.5 * (-1 + np.log(beta / posterior) + posterior / beta)
-    return ((beta * np.sqrt(before) / (1 - now)) ** 2 / (2 * beta) * mse + overhead) / np.log(2)
+ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
 
 def test_rates_of_the_best_linear_denoiser(covariance):
@@ -128,7 +117,8 @@ def test_the_rates_of_the_line_come_out_of_the_units(cifar10, test_images, covar
     few = ((1 - shrink) ** 2 * spread + shrink**2 * (1 - signal) / signal).mean(axis=1)
     everyone = (values * (1 - signal) / (signal * values + 1 - signal)).mean(axis=1)
     for k, rate in zip(ROWS, RATES, strict=True):
-        of_few, of_all = (expected_terms(mse)[1000 - k + 1 :].sum() for mse in (few, everyone))
+        terms = (convert_mse_to_terms(Diffusion(), torch.from_numpy(mse)) for mse in (few, everyone))
+        of_few, of_all = (its[1000 - k + 1 :].sum().item() for its in terms)
         assert of_all == pytest.approx(rate, rel=2e-5)
         sent = rows[k - 1]["rate_bpd"] - rows[0]["rate_bpd"]  # without the prior
         print(f"k = {k}: rate {sent * of_all / of_few:.6g}, expected {rate:.6g}")
@@ -142,28 +132,22 @@ def test_95_of_100_intervals_of_the_whole_test_set_hold_its_rate(test_images, tm
     assert 89 <= held <= 99 and error == pytest.approx(0.00077, abs=5e-5)
 
 
-def test_the_variances_on_file_are_those_of_the_training_images(cifar10):
-    """The line of the training covariance over the training images: rate 2.53039."""
-    run = cifar10
-    one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
-    variances, source = load_variances(run)
-    diffusion = Diffusion()
-    mse = compute_linear_mse(variances, diffusion.tables["alpha_bar"])
-    assert convert_mse_to_terms(diffusion, mse).sum().item() == pytest.approx(2.53039, abs=1e-5)
-    assert source == "the covariance of all 50,000 training images"
-
-
 def test_two_rows_of_table_4_follow_from_first_principles(cifar10, monkeypatch, tmp_path):
-    """The posterior mean over all training images, on 128 test images, levelled by the line to all of them."""
-    run, diffusion = cifar10, Diffusion()
+    """The posterior mean over all training images, on 128 test images, levelled by the line to all of them.
+
+    The line of the training covariance over the training images has the rate 2.53039.
+    """
+    run, diffusion, excess = cifar10, Diffusion(), []
     monkeypatch.setattr(optimum, "list_levels", lambda *_: [900, 800, 700])
     one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
-    whole = compute_linear_mse(load_variances(run)[0], diffusion.tables["alpha_bar"])[[900, 800, 700]]
-    excess = []
+    variances, source = load_variances(run)
+    line = compute_linear_mse(variances, diffusion.tables["alpha_bar"])
+    assert convert_mse_to_terms(diffusion, line).sum().item() == pytest.approx(2.53039, abs=1e-5)
+    assert source == "the covariance of all 50,000 training images"
     for split in ("test", "train"):
         optimum.write_errors(one_cpu().context, run, split, True, 0, 128, tmp_path / "errors.npz")
         excess.append(optimum.compare_errors(*read_arrays(tmp_path / "errors.npz")["errors"][:2])[0])
-    exact = 127.5 * np.sqrt(whole.numpy()) * (1 + excess[0])
+    exact = 127.5 * np.sqrt(line[[900, 800, 700]].numpy()) * (1 + excess[0])
     print(f"k = 100, 200, 300: {exact}; over the line {excess[0]}, in sample {excess[1]}")
     assert exact == pytest.approx([62.702, 60.17, 54.15], rel=0.005)
     assert exact[1:] == pytest.approx([TABLE_4[k][1] for k in (200, 300)], rel=0.02)
@@ -192,8 +176,8 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)
     ours = scores.compute_fid(found["test"], found["train"])
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(tars.load_images(cifar10.data, "test")[0]),
-        input2=Images(tars.load_images(cifar10.data, "train")[0]),
+        input1=Images(torch.from_numpy(tars.load_images(cifar10.data, "test")[0])),
+        input2=Images(torch.from_numpy(tars.load_images(cifar10.data, "train")[0])),
         **arguments(extractor, "fid"), fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
         batch_size=extractors.BATCH,
     )["frechet_inception_distance"]  # fmt: skip
@@ -201,10 +185,8 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     assert theirs == pytest.approx(merged_fid(features, torch.float32), rel=1e-6)
     assert ours == pytest.approx(merged_fid(features, torch.float64), rel=1e-6)
     assert ours == pytest.approx(theirs, rel=1e-4)
-    accuracy = classifier.measure_accuracy(
-        classifier.load_classifier(extractor.weights), *tars.load_images(cifar10.data, "test")
-    )
-    assert accuracy > 0.4
+    net = classifier.load_classifier(extractor.weights)
+    assert classifier.measure_accuracy(net, *tars.load_images(cifar10.data, "test")) > 0.4
 
 
 def merged_fid(features, dtype):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import one_cpu, tiny_experiment
 from coverage_of_errors import measure_coverage
-from staged import asking_for, results, run_stage, scoring, with_weights
+from staged import asking_for, evaluated, results, run_stage, scoring, with_weights
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -33,7 +33,7 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
     """By another way to the same numbers: features of all images at once, in one part, from the tars."""
     sampled = scoring(sampled, metrics=("fid", "fid_test", "is", "kid", "prc"), features=features)
     assert not evaluate.STAGE.is_done(sampled)
-    run_stage(evaluate, sampled)
+    found = evaluated(sampled)
     assert evaluate.STAGE.is_done(sampled)
     extractor = find_extractor(sampled)
     (own, logits), (real, _), (test, _) = (
@@ -54,9 +54,8 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
     expected = {"fid": fid, "fid_test": fid_test, "precision": prc["precision"], "recall": prc["recall"]}
     expected |= {f"kid_{part}": kid[f"kernel_inception_distance_{part}"] for part in ("mean", "std")}
     for name, shuffle in (("is", False), ("is_shuffled", True)) if features == "classifier" else ():
-        found = isc_features_to_metric(logits, shuffle=shuffle)
-        expected |= {f"{name}_{part}": found[f"inception_score_{part}"] for part in ("mean", "std")}
-    found = results(sampled)
+        isc = isc_features_to_metric(logits, shuffle=shuffle)
+        expected |= {f"{name}_{part}": isc[f"inception_score_{part}"] for part in ("mean", "std")}
     how, points = found["protocol"], found["reference_points"]
     reasons = " | ".join(how["why_not"])
     values = {name: value for name, value in found["scores"].items() if "_se" not in name}
@@ -86,23 +85,20 @@ def test_errors_stand_beside_scores_and_real_images_beside_as_many_samples(sampl
     shards = type(tars.open_shards(sampled.data))
     monkeypatch.setattr(jackknife, "LEAST_IMAGES", 8)
     monkeypatch.setattr(shards, "count_images", lambda _, split: 8 if split == "test" else 1437)
-    run_stage(evaluate, asked)
-    scores, points = results(asked)["scores"], results(asked)["reference_points"]
-    assert results(asked)["protocol"]["jackknife_groups"] == len(list_sample_shards(asked)) > 1
+    found = evaluated(asked)
+    scores, points = found["scores"], found["reference_points"]
+    assert found["protocol"]["jackknife_groups"] == len(list_sample_shards(asked)) > 1
     assert all(scores[f"{name}_se"] > 0 for name in ("fid", "kid_mean"))
     assert points["samples"]["n"] == points["test"]["n"] == 8
     assert points["samples"]["fid_se"] > 0 and points["samples"]["fid"] != scores["fid"]
     monkeypatch.setattr(jackknife, "MOST_GROUPS", 1)
-    asked = scoring(asked, metrics=("fid",))
-    run_stage(evaluate, asked)
-    scores = results(asked)["scores"]
+    scores = evaluated(scoring(asked, metrics=("fid",)))["scores"]
     assert scores["fid_se"] is None and "a single unit" in scores["fid_se_reason"]
 
 
 def test_against_the_test_split_the_training_images_are_the_point_and_other_images_are_scored_again(sampled):
     sampled = scoring(sampled, metrics=("fid",), features="projection", reference="test")
-    run_stage(evaluate, sampled)
-    found = results(sampled)
+    found = evaluated(sampled)
     assert sorted(found["reference_points"]) == ["gaussian", "noise", "train"]
     assert found["protocol"]["reference_images"] == 360
     assert "reference test, not train" in found["protocol"]["why_not"]
@@ -111,8 +107,7 @@ def test_against_the_test_split_the_training_images_are_the_point_and_other_imag
         tar.unlink()
     run_stage(sample, sampled)
     assert not evaluate.STAGE.is_done(sampled)
-    run_stage(evaluate, sampled)
-    assert results(sampled)["scores"]["fid"] != pytest.approx(found["scores"]["fid"], rel=1e-3)
+    assert evaluated(sampled)["scores"]["fid"] != pytest.approx(found["scores"]["fid"], rel=1e-3)
 
 
 # Fields that the paper leaves free, or that another one judges.
@@ -134,11 +129,9 @@ PAPER = {
 
 def test_every_recorded_field_has_a_verdict_and_every_other_value_or_silence_is_a_reason(sampled):
     """What the protocol records and what is judged are one list (faults 1.7, 1.9, 1.22)."""
-    asked = scoring(sampled, metrics=protocol.ALL, features="classifier")
-    run_stage(evaluate, asked)
-    recorded = set(results(asked)["protocol"]) - {"comparable", "why_not"}
+    found = evaluated(scoring(sampled, metrics=protocol.ALL, features="classifier"))
+    recorded = found["protocol"].keys() - {"comparable", "why_not"}
     assert set(protocol.PAPER) <= recorded <= set(protocol.PAPER) | FREE
-    assert set(protocol.PAPER) <= set(PAPER)
     for field in protocol.PAPER:
         other = {**PAPER, field: "train" if field == "label" else 7}
         silent = {key: value for key, value in PAPER.items() if key != field}
@@ -224,8 +217,7 @@ def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(
     assert protocol["why_not"] == full["protocol"]["why_not"], "it is as comparable as the full bound"
     with pytest.raises(PipelineError, match="nll_images is 361, but the test split has 360"):
         run_stage(evaluate, scoring(sampled, nll_images=361))
-    run_stage(evaluate, one := scoring(sampled, nll_images=1, nll_timesteps=1))
-    found = results(one)["scores"]
+    found = evaluated(one := scoring(sampled, nll_images=1, nll_timesteps=1))["scores"]
     assert found["nll_bpd_se"] is None and found["nll_bpd_se_reason"] == "one image"
     assert read_json(one.nll_json, dict)["set_se"] is None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import one_cpu, tiny_experiment
-from staged import asking_for, change, results, run_stage, scoring, with_weights
+from staged import asking_for, change, evaluated, results, run_stage, scoring, with_weights
 
 from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
@@ -35,9 +35,7 @@ def feature_files(run):
 def test_a_short_set_is_refused_and_a_longer_one_is_cut(projected):
     with pytest.raises(PipelineError, match="holds 12 images where 13 are asked for"):
         run_stage(evaluate, asking_for(projected, num_images=13))
-    shorter = asking_for(projected, num_images=8)
-    run_stage(evaluate, shorter)
-    assert results(shorter)["protocol"]["n"] == 8
+    assert evaluated(asking_for(projected, num_images=8))["protocol"]["n"] == 8
     run_stage(evaluate, projected)
     last = feature_files(projected)[-1]
     arrays = read_unit_arrays(last)
@@ -48,8 +46,7 @@ def test_a_short_set_is_refused_and_a_longer_one_is_cut(projected):
 
 def test_neither_other_statistics_nor_features_of_other_images_are_taken_for_these(projected, caplog):
     """Features of another key are skipped; under the name of one of ours they are named and made again."""
-    run_stage(evaluate, projected)
-    scored, extractor = results(projected), find_extractor(projected)
+    scored, extractor = evaluated(projected), find_extractor(projected)
     file, _ = locate_statistics(projected, extractor, "train")
     assert load_reference(projected, extractor, "train").n == 1437
     assert locate_statistics(projected, extractor, "test")[0] != file
@@ -59,12 +56,10 @@ def test_neither_other_statistics_nor_features_of_other_images_are_taken_for_the
     file.write_bytes(kept)  # other tests use the same storage
     first, second = feature_files(projected)
     shutil.copy(first, first.with_name("0123456789abcdef.npz"))
-    run_stage(evaluate, projected)
-    assert results(projected) == scored
+    assert evaluated(projected) == scored
     shutil.copy(first, second)
-    run_stage(evaluate, projected)
+    assert evaluated(projected)["scores"] == scored["scores"]
     assert f"{first.stem}, not" in caplog.text and second.name in caplog.text
-    assert results(projected)["scores"] == scored["scores"]
 
 
 @pytest.mark.parametrize(("shapes", "message"), [
@@ -119,11 +114,10 @@ def statistics(path, **changed):
 
 def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projected, tmp_path):
     """The training split's own statistics, brought as a file, give the same FID; others under that name another."""
-    run_stage(evaluate, projected)
+    own = evaluated(projected)
     kept = load_reference(projected, find_extractor(projected), "train")
     brought = scoring(projected, reference=statistics(tmp_path / "their.npz", mu=kept.mu, sigma=kept.sigma))
-    run_stage(evaluate, brought)
-    found, own = results(brought), results(projected)
+    found = evaluated(brought)
     assert found["scores"] == own["scores"] and found["reference_points"] == own["reference_points"]
     named = f"their.npz (sha256 {hash_file(tmp_path / 'their.npz')[:8]})"
     assert found["protocol"]["reference"] == named and found["protocol"]["reference_images"] is None
@@ -132,8 +126,7 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
     statistics(tmp_path / "their.npz", mu=np.ones(64), n=np.array(777))
     again = brought.replace_experiment(brought.experiment)  # a place hashes the file once
     assert not evaluate.STAGE.is_done(again)
-    run_stage(evaluate, again)
-    other = results(again)
+    other = evaluated(again)
     assert other["scores"]["fid"] != pytest.approx(found["scores"]["fid"], rel=1e-3)
     assert other["protocol"]["reference_images"] == 777
 

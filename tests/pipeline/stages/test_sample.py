@@ -15,18 +15,6 @@ def images_of(run):
     return tars.load_images(run.samples, "samples")[0]
 
 
-@pytest.fixture
-def sampled(tiny_run):
-    """Twelve samples in two tars. The stage was killed after the first, and drew only the other."""
-    with_weights(tiny_run)
-    units = next(sample.STAGE.work(tiny_run))
-    one_cpu().run_units(units[:1], lambda unit: None)
-    assert not sample.STAGE.is_done(tiny_run)
-    assert run_stage(sample, tiny_run) == ["samples 6-11"]
-    assert sample.STAGE.is_done(tiny_run)
-    return tiny_run
-
-
 def test_other_batches_give_the_same_images_and_bf16_another_set(sampled):
     other = asking_for(sampled, batch_size=4)
     assert len(run_stage(sample, other)) == 3
@@ -41,8 +29,15 @@ def test_other_batches_give_the_same_images_and_bf16_another_set(sampled):
     assert 0 < difference.mean() < 20, "not the same bits, and much the same images"
 
 
-def test_more_images_add_units_and_leave_the_others(sampled):
-    folder = sampled.samples
+def test_units_are_whole_drawn_once_and_joined_by_those_of_more_images(tiny_run):
+    """Four images, then twelve, killed after the first unit and gone on with, then fifteen."""
+    with_weights(tiny_run)
+    assert run_stage(sample, asking_for(tiny_run, num_images=4)) == ["samples 0-3"], "no more than asked"
+    units, folder = next(sample.STAGE.work(tiny_run)), tiny_run.samples
+    assert [unit.name for unit in units] == ["samples 0-5", "samples 6-11"], "0-3 is no whole unit"
+    one_cpu().run_units(units[:1], lambda unit: None)
+    assert not sample.STAGE.is_done(tiny_run)
+    assert run_stage(sample, tiny_run) == ["samples 6-11"] and sample.STAGE.is_done(tiny_run)
     with Image.open(folder / "grid.png") as grid:
         assert grid.size == (10 * (64 + 2), 2 * (64 + 2))
     text = (folder / "sample.yaml").read_text()
@@ -50,18 +45,12 @@ def test_more_images_add_units_and_leave_the_others(sampled):
         assert line in text
     assert next(record.key for record in tars.read_records(folder / "00001.tar")) == "00000006"
     before = {name: (folder / name).read_bytes() for name in ("00000.tar", "00001.tar")}
-    more = asking_for(sampled, num_images=15)
+    more = asking_for(tiny_run, num_images=15)
     assert more.samples == folder
     assert run_stage(sample, more) == ["samples 12-17"]
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert tars.open_shards(folder).count_images("samples") == 18  # the last unit is whole too
-    assert sample.STAGE.is_done(sampled), "a set with more than was asked for will do"
-
-
-def test_a_set_smaller_than_a_batch_draws_no_more_than_asked(tiny_run):
-    with_weights(tiny_run)
-    assert run_stage(sample, asking_for(tiny_run, num_images=4)) == ["samples 0-3"]
-    assert run_stage(sample, tiny_run) == ["samples 0-5", "samples 6-11"], "0-3 is no whole unit"
+    assert sample.STAGE.is_done(tiny_run), "a set with more than was asked for will do"
 
 
 def test_weights_that_diverged_are_refused(tiny_run):

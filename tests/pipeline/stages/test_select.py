@@ -35,10 +35,6 @@ def save(run, step, scale):
     with_weights(change(run, "train", steps=step), scale)
 
 
-def select_best(run):
-    return run_stage(select, run), selection.read_selection(run)
-
-
 def is_done(run):
     """Whether the selection is there; the stage and the file that later stages read agree on it."""
     done = select.STAGE.is_done(run)
@@ -83,14 +79,14 @@ def test_the_best_is_the_one_of_minimum_fid_and_later_stages_are_told(trained):
 def test_what_was_done_is_not_done_again_and_new_checkpoints_join(trained, caplog):
     first = next(list_rounds(select.STAGE, trained))
     one_cpu().run_units(first[:4], lambda unit: None)  # then the command was killed
-    names, _ = select_best(trained)
+    names = run_stage(select, trained)
     assert sum(name.startswith("samples") for name in names) == UNITS * len(STEPS) - 4
     assert run_stage(select, trained) == []
     before, longer = fids(trained), change(trained, "train", steps=8)
     assert not select.STAGE.is_done(longer), "training has not come to its end"
     save(trained, 8, 0.02)
     assert not select.STAGE.is_done(longer)
-    names, found = select_best(longer)
+    names, found = run_stage(select, longer), selection.read_selection(longer)
     assert sum(name.startswith("samples") for name in names) == UNITS
     assert [score["step"] for score in found["scores"]] == [*STEPS, 8]
     assert before.items() <= fids(longer).items()
@@ -136,9 +132,8 @@ def test_the_command_scores_the_best_and_status_and_mlflow_know_it(tmp_path, emp
     ddpm(storage, verb="train")
     ddpm(storage, "sample.weights=raw", "sample.checkpoint=4", "evaluate.checkpoints=null", verb="evaluate")
     ddpm(storage)
-    (run,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
-    (path,) = run.glob("selection/*/selection.json")
-    found = json.loads(path.read_text())
+    (path,) = storage.glob("tiny-*/selection/*/selection.json")
+    run, found = path.parents[2], json.loads(path.read_text())
     on_curve = {score["evaluation"] for score in found["scores"]}
     files = [path for path in run.glob("evaluation/*/metrics.json") if path.parent.name not in on_curve]
     others = [json.loads(path.read_text())["protocol"] for path in files]

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -84,9 +84,7 @@ def test_a_graph_is_for_gpus_and_its_absence_is_said(tiny_run, caplog):
 
 
 def test_a_gpu_that_is_too_small_is_told_what_to_change_and_not_tried_again(tiny_run, monkeypatch):
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
+    fail = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     monkeypatch.setattr(train, "train_step", fail)
     with pytest.raises(PipelineError, match=r"a training step.*train\.accumulate=2.*ddpm doctor"):
         train_to(change(tiny_run, "train", deterministic=True), 1)
@@ -138,15 +136,14 @@ def stop_at(step):
 @pytest.mark.parametrize(("minutes", "expected"), [(None, [3, 5]), (1e-9, [1, 2, 3, 4, 5])])
 def test_a_checkpoint_comes_by_time_and_before_a_node_is_taken_away(tiny_run, monkeypatch, minutes, expected):
     tiny_run = change(tiny_run, "train", checkpoint_every=100, checkpoint_minutes=minutes)
-    untouched, saved, save = renamed(tiny_run, "-untouched"), [], checkpoint.save_checkpoint
+    untouched, save = renamed(tiny_run, "-untouched"), Mock(wraps=checkpoint.save_checkpoint)
     train_to(untouched, 5)
-    monkeypatch.setattr(
-        checkpoint, "save_checkpoint", lambda *args, **more: (saved.append(args[3]), save(*args, **more))
-    )
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     context, asked = one_cpu().context, iter(range(1, 6))
     context.will_lose_node = lambda: next(asked) >= 3
     train_to(tiny_run, 5, context)
-    assert saved == expected and next(asked) == 4, "the notice is heard once"
+    assert [call.args[3] for call in save.call_args_list] == expected
+    assert next(asked) == 4, "the notice is heard once"
     assert_equal_states(tiny_run, untouched, 5)
 
 
@@ -197,25 +194,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
 def test_grids_are_drawn_and_show_each_class_where_the_network_takes_labels(sharded_storage, monkeypatch):
     small = ["diffusion.timesteps=4", "sample.steps=null", "model.channels=8", "model.norm_groups=4"]
     often = ["train.batch_size=16", "train.sample_every=2", "evaluate.nll_timesteps=null"]
-    asked = []
-    forward = ContextUNet.forward
-
-    def listening(net, x_t, t, context=None):
-        if len(x_t) == train.GRID_SIDE**2:
-            asked.append((x_t, context.tolist()))
-        return forward(net, x_t, t, context)
-
-    monkeypatch.setattr(ContextUNet, "forward", listening)
+    forward = create_autospec(ContextUNet.forward, side_effect=ContextUNet.forward)
+    monkeypatch.setattr(ContextUNet, "forward", forward)
     run = make_place(config.load_experiment("context_digits", [*small, *often]), sharded_storage)
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(train, "save_grid", Mock(side_effect=OSError))  # killed while a grid is drawn
         train_to(change(run, "train", checkpoint_every=2), 4)
-    asked.clear()
+    forward.reset_mock()
     train_to(run, 4)
+    calls = [call.args[1:] for call in forward.call_args_list if len(call.args[1]) == train.GRID_SIDE**2]
     assert sorted(path.name for path in run.grids.iterdir()) == ["00000002.png", "00000004.png"]
-    assert all(labels[:12] == [*range(10), 0, 1] for _, labels in asked)
-    first, second = asked[0][0], asked[len(asked) // 2][0]
-    assert torch.equal(first, second), "each grid begins with the same noise"
+    assert all(labels[:12].tolist() == [*range(10), 0, 1] for _, _, labels in calls)
+    assert torch.equal(calls[0][0], calls[len(calls) // 2][0]), "each grid begins with the same noise"
 
 
 @pytest.mark.slow

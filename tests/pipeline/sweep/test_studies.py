@@ -7,9 +7,10 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from conftest import ONE_CPU, TRIAL, blank_charts
+from conftest import GRID, ONE_CPU, TRIAL, blank_charts
 from mlflow import MlflowClient
 from synthetic_run import make_run, write_scores
 
@@ -23,9 +24,7 @@ from pipeline.sweep.leaderboard import make_rows
 from pipeline.sweep.points import Trial, TrialState, TrialStates
 from pipeline.sweep.recorder import StudyRecorder
 
-SMALL = [*TRIAL, "train.sample_every=6"]
 SPACE = "experiment: digits\nspace:\n  diffusion.beta_schedule: %s\n  model.dropout: %s\nrank: {metric: nll_bpd}\n"
-GRID = SPACE % ("[linear, cosine]", "[0.0, 0.2]")
 ONE_KEY = "experiment: digits\nspace:\n  %s: %s\nrank: {metric: nll_bpd}\n"
 
 
@@ -41,9 +40,10 @@ def client(storage, empty_store) -> MlflowClient:
     return MlflowClient(tracking.find_default_uri(storage))
 
 
-def sweep(storage: Path, name: str, text: str, *words: str, small: list[str] = SMALL) -> int:
+def sweep(storage: Path, name: str, text: str, *words: str) -> int:
     path = storage / f"{name}.yaml"
     path.write_text(text)
+    small = [*TRIAL, "train.sample_every=6"]
     own = [word for word in small if f"  {word.partition('=')[0]}:" not in text]
     return main(["sweep", str(path), *own, *ONE_CPU, f"cluster.storage={storage}", *words])
 
@@ -272,18 +272,9 @@ SCORES = {"is_mean": 2.0, "nll_bpd": 3.0, "rate_bpd": 2.0, "distortion_bpd": 1.0
 SEEDED = "experiment: digits\nspace: {model.dropout: [0.0, 0.2]}\nseeds: [0, 1]\n"
 
 
-class Silence:
-    run_id, is_behind = "", False
-
-    def __init__(self, *_: object, **__: object):
-        pass
-
-    send_leaderboard = finish = __init__
-
-
 @pytest.fixture
 def plain(monkeypatch, undrawn):
-    monkeypatch.setattr(tracking, "ParentRun", Silence)
+    monkeypatch.setattr(tracking, "ParentRun", Mock(return_value=Mock(run_id="", is_behind=False)))
 
 
 def finished(storage: Path, dropout: float, seed: int, loss: float = 0.1, **scores: float) -> Trial:
@@ -296,7 +287,8 @@ def finished(storage: Path, dropout: float, seed: int, loss: float = 0.1, **scor
     return Trial(run.run_key, f"dropout={dropout} seed={seed}", swept, run)
 
 
-def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
+def publish(storage: Path, trials: list[Trial], *words: str):
+    """The texts of the leaderboard and of the page, and the leaderboard itself."""
     file, folder = storage / "study.yaml", storage / "sweeps" / "study"
     file.write_text(SEEDED)
     sweep = load_sweep(str(file), list(words))
@@ -305,22 +297,21 @@ def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
     recorder = StudyRecorder(sweep, {trial.key: trial for trial in trials}, states, folder, "", lambda: False)
     recorder.finish("FINISHED")
     texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
-    Silence.board = recorder.leaderboard
-    return texts[0].replace("\u00a0", " "), texts[1].replace("\u00a0", " ")
+    return *(text.replace("\u00a0", " ") for text in texts), recorder.leaderboard
 
 
 def test_trials_within_their_errors_share_a_rank_in_every_output(tmp_path, capsys, plain):
     """Equal weights and other sampling seeds; a trial that is five errors worse; three training seeds."""
     scores = [(0.0, 0, 14.0), (0.1, 0, 14.6), *((0.2, seed, 21 + seed / 2) for seed in range(3))]
     trials = [finished(tmp_path, dropout, seed, fid=fid, fid_se=1.0) for dropout, seed, fid in scores]
-    leaderboard, page = publish(tmp_path, trials)
+    leaderboard, page, board = publish(tmp_path, trials)
     rows = ["1-2 | 0.0 | 0 | 14.0 ± 1.0 |", "1-2 | 0.1 | 0 | 14.6 ± 1.0 |", "3 | 0.2 | 0, 1, 2 | 21.50 ±"]
     assert all(f"| {row}" in leaderboard for row in rows) and "| +0.6 ± 1.4 |" in leaderboard
     assert re.findall(r"^\| (1-2|3)\. ", page, re.MULTILINE) == ["1-2", "1-2", "3"]
     assert "has the lowest FID of 3: 14.0 ± 1.0; 1 of the others cannot be told from it" in leaderboard
     assert main(["status", f"cluster.storage={tmp_path}"]) == 0
     assert "1-2." in capsys.readouterr().out
-    found = [(row["rank"], row["FID"], row["FID ±"]) for row in make_rows(Silence.board)[::2]]
+    found = [(row["rank"], row["FID"], row["FID ±"]) for row in make_rows(board)[::2]]
     assert found == [("1-2", 14, 1), ("3", 21.5, 0.5)]
 
 
@@ -331,7 +322,7 @@ def test_the_page_is_ranked_by_the_metric_of_the_sweep(tmp_path, plain, metric, 
     for dropout, fid, value in ((0.0, 1.0, 9.0), (0.2, 2.0, 8.0)):
         own = {"loss" if metric == "train_loss" else metric: value}
         trials.append(finished(tmp_path, dropout, 0, fid=fid, **own))
-    leaderboard, page = publish(tmp_path, trials, f"rank.metric={metric}")
+    leaderboard, page, _ = publish(tmp_path, trials, f"rank.metric={metric}")
     for text in (leaderboard, page):
         assert re.search(r"\*\*dropout=0\.2.* ha(?:s|ve) the (?:lowest|best) ", text), text
     assert f"ranked by {heading}" in page

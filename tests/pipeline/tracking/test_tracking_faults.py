@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
@@ -119,11 +121,8 @@ def test_two_first_commands_share_one_store(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mlflow_client, "_check_database", meet)
     uri = tracking.find_default_uri(tmp_path)
-    threads = [threading.Thread(target=mlflow_client.create_client, args=[uri]) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(mlflow_client.create_client, [uri, uri]))
     assert len(makers) == 1  # the second would replace the first one's store, with what that has sent
 
 
@@ -134,13 +133,12 @@ def revise(store: Path, revision: str) -> str:
 
 
 class Denial(BaseHTTPRequestHandler):
+    log_message = Mock()
+
     def do_GET(self) -> None:
         self.send_error(401)
 
     do_POST = do_GET
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 def start_server_with_passwords(_) -> str:
@@ -192,8 +190,7 @@ def test_a_server_that_freezes_holds_no_end_up(store, monkeypatch):
 @pytest.mark.parametrize(("uri", "shown"), [
     ("http://h:5000", "http://h:5000"), ("http://u:HUSH@h:5000/p", "http://h:5000/p"), ("auto", "auto"),
     (SECRET, "postgresql://127.0.0.1:9/x"), ("http://h/?token=HUSH", "http://h/"),
-    ("u:HUSH@h:6379", "h:6379"), ("http://u:P/HUSH@h", "http://..."),
-    ("http://u:HUSH#HUSH@h", "http://..."),
+    ("u:HUSH@h:6379", "h:6379"), ("http://u:P/HUSH@h", "http://..."), ("http://u:HUSH#HUSH@h", "http://..."),
     ("http://h/?password=HUSH@HUSH", "http://..."), ("http://u:HUSH://HUSH@h", "http://..."),
     ("sqlite:////a@b/m.db?key=HUSH", "sqlite:////a@b/m.db"),
 ])  # fmt: skip
@@ -203,10 +200,8 @@ def test_no_secret_of_an_address_is_shown(uri, shown):
 
 
 def test_the_reason_of_a_store_is_not_its_hint_for_programmers():
-    text = (
-        "(raised as a result of Query-invoked autoflush)\n(sqlite3.OperationalError) disk is full\n[SQL: ...]"
-    )
-    assert mlflow_client.explain_store_error(OSError(text), "sqlite:////x")[0] == "disk is full"
+    error = OSError("(raised as a result of autoflush)\n(sqlite3.OperationalError) disk is full\n[SQL: ...]")
+    assert mlflow_client.explain_store_error(error, "sqlite:////x")[0] == "disk is full"
 
 
 @pytest.mark.parametrize(
