@@ -20,7 +20,7 @@ from pipeline.engine import provenance
 from pipeline.store.files import lock_folder, read_json, write_json
 from pipeline.sweep import recorder
 from pipeline.sweep.definition import load_sweep
-from pipeline.sweep.leaderboard import make_rows
+from pipeline.sweep.leaderboard import format_text, make_rows
 from pipeline.sweep.points import Trial, TrialState, TrialStates
 from pipeline.sweep.recorder import StudyRecorder
 
@@ -313,6 +313,10 @@ def test_trials_within_their_errors_share_a_rank_in_every_output(tmp_path, capsy
     assert "1-2." in capsys.readouterr().out
     found = [(row["rank"], row["FID"], row["FID ±"]) for row in make_rows(board)[::2]]
     assert found == [("1-2", 14, 1), ("3", 21.5, 0.5)]
+    (heads,) = (line for line in format_text(board).splitlines() if "rank" in line)
+    assert heads.split() == ["rank", "dropout", "seed", "FID", "IS", "NLL"], (
+        "not what is the same in all rows"
+    )
 
 
 @pytest.mark.parametrize(("metric", "heading"), [("rmse", "RMSE"), ("train_loss", "training loss")])
