@@ -63,7 +63,7 @@ def write_comparison(
             title=escape_markdown(title),
             note=note,
             metric=metric,
-            useful=sum(not compare_with_linear_denoiser(run.files) for run in runs),
+            useless=sum(bool(compare_with_linear_denoiser(run.files)) for run in runs),
             winner=escape_markdown(ranking.describe_best(groups, metric)),
             groups=[
                 (

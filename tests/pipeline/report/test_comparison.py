@@ -161,4 +161,4 @@ def test_rows_of_the_papers_tables_stand_beside_the_papers(tmp_path, undrawn):
     assert beside.index("7.67") < beside.index("cifar10_vlb_eps_fixed") < beside.index("L_simple")
     assert "Not yet useful" not in markdown
     score(runs[0], fid=7.0, rmse=1.2)
-    assert "**Not yet useful**: only 1 of the 2 networks beats" in page(runs, tmp_path / "page")
+    assert "**Not yet useful**: 1 of the 2 networks does not beat" in page(runs, tmp_path / "page")
