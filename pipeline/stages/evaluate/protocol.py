@@ -68,7 +68,8 @@ PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
     "n": (SAMPLES, 50_000, "n = {n:,}, not 50,000"),
     "sampler": (SAMPLES, "ancestral", "the {sampler} sampler, not the ancestral one"),
     "steps": (SAMPLES, 1000, "{steps} steps of the sampler, not 1000"),
-    "variance": (SAMPLES, ("fixedlarge", "learned"), "sampling variance {variance}, not fixedlarge"),
+    # None: of another sampler, which is a reason by itself
+    "variance": (SAMPLES, ("fixedlarge", "learned", None), "sampling variance {variance}, not fixedlarge"),
     "label": (SAMPLES, None, "samples of class {label}"),
     "guidance_scale": (SAMPLES, 1, "guidance of scale {guidance_scale}"),
     "precision": (SAMPLES, "fp32", "samples in {precision}, not fp32"),

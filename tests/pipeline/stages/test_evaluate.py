@@ -144,6 +144,7 @@ def test_the_papers_protocol_is_comparable_and_what_was_not_scored_is_no_reason(
     assert explain_differences(PAPER | {"nll_split": "train", "nll_images": 50_000}, ("nll",)) == []
     assert explain_differences(PAPER | {"n": 16, "official_extractor": False}, ("nll",)) == []
     assert explain_differences(PAPER | {"nll_images": 4}, ("fid",)) == []
+    assert len(explain_differences(PAPER | {"sampler": "ddim", "variance": None}, ("fid",))) == 1
     assert protocol.describe_schedule(DiffusionConfig()) == PAPER["schedule"]
     cosine = protocol.describe_schedule(DiffusionConfig(beta_schedule="cosine"))
     assert cosine == "cosine, beta 4.12842e-05 to 0.999", "not the ends that are set"
