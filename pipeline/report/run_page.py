@@ -64,8 +64,8 @@ def describe_provenance(run: RunFiles) -> dict[str, str]:
 def compare_with_linear_denoiser(run: RunFiles) -> str:
     """Return the numbers of a CIFAR-10 network and of the best linear denoiser, if the network is not better.
 
-    '' otherwise, also where the two cannot be compared. Its RMSE holds for the paper's noise schedule, its rate only with
-    the variance fixedlarge.
+    '' otherwise, also where the two cannot be compared. Its RMSE holds for the paper's noise schedule, its rate only
+    with the variance fixedlarge.
     """
     d, scores = run.experiment.diffusion, run.scores
     if not (run.is_cifar10 and paper.has_paper_schedule(d) and "rmse" in scores):
