@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline import config, tracking
 from pipeline.console import format_duration, print_line
 from pipeline.engine.plan import list_unfinished_stages
-from pipeline.scores.metrics import format_headline
+from pipeline.scores.metrics import LOSS, format_headline
 from pipeline.store.files import write_text
 from pipeline.store.log import read_progress
 from pipeline.sweep import leaderboard
@@ -39,7 +39,9 @@ class StudyRecorder:
 
     def __post_init__(self) -> None:
         storage = self.folder.parent.parent
-        self.parent = tracking.ParentRun(self.uri, self.sweep.name, storage, warn=print_line)
+        by, where = self.sweep.metric, (self.uri, self.sweep.name, storage)
+        metric = "loss/train" if by.name == LOSS.name else by.name
+        self.parent = tracking.ParentRun(*where, print_line, metric, by.larger_is_better)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
         # A server that does not answer delays only this thread.

@@ -13,7 +13,6 @@ from pipeline.console import format_duration, poll_in_thread, print_line, show_p
 from pipeline.engine import execute as stages
 from pipeline.engine import find
 from pipeline.errors import PipelineError, hide_password
-from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import list_preparations
 from pipeline.stages import evaluate
 from pipeline.store.files import lock_folder
@@ -167,8 +166,6 @@ class Study:
         return f"budget.hours={hours:g} is spent, {left} trials are left; the same command continues"
 
     def list_links(self) -> list[tuple[str, str]]:
-        by, report = self.sweep.metric, self.folder / "report" / REPORT_HTML
-        metric = "loss/train" if by.name == LOSS.name else by.name
-        links = self.recorder.parent.list_links(metric, by.larger_is_better)
-        found = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
+        report = self.folder / "report" / REPORT_HTML
+        found = [("leaderboard", str(self.folder / "leaderboard.md")), *self.recorder.parent.list_links()]
         return [*found, ("report", report.as_uri())] if report.exists() else found

@@ -186,8 +186,8 @@ def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str)
         found = client.get_experiment(client.create_experiment(study, place, KIND))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    if found.tags.get(TABLE_TAG) != (columns := json.dumps({"selectedColumns": SCORES})):
-        client.set_experiment_tag(found.experiment_id, TABLE_TAG, columns)
+    if TABLE_TAG not in found.tags:
+        client.set_experiment_tag(found.experiment_id, TABLE_TAG, json.dumps({"selectedColumns": SCORES}))
     return str(found.experiment_id)
 
 

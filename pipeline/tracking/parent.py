@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 from pipeline.config.checks import Tree
 from pipeline.errors import hide_password
 from pipeline.tracking import mlflow_client
-from pipeline.tracking.mlflow_client import VIEW, Sender, log_batches, read_pages
+from pipeline.tracking.mlflow_client import SCORES, TABLE_TAG, VIEW, Sender, log_batches, read_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,9 +32,16 @@ class ParentRun(Sender):
     client: MlflowClient
     experiment_id = run_id = ""
 
-    def __init__(self, uri: str, study: str, storage: Path, warn: Callable[[str], None]):
+    def __init__(
+        self, uri: str, study: str, storage: Path, warn: Callable[[str], None], metric: str, larger_is_better: bool
+    ):  # fmt: skip
         super().__init__(uri, warn)
         self.study, self.storage = study, storage
+        # What the UI shows of the study: its trials, the best first.
+        self.view = {
+            "searchFilter": f"tags.`{TRIAL_TAG}` != ''",
+            "orderByKey": f"metrics.`{metric}`", "orderByAsc": not larger_is_better,
+        }  # fmt: skip
         self.children: dict[str, str] = {}  # runs of trials, by their keys
         self.sent_rungs: dict[str, int] = {}  # how many of each trial
 
@@ -44,6 +51,8 @@ class ParentRun(Sender):
             self.client = mlflow_client.create_client(self.uri)
             study, storage, now = self.study, self.storage, time.time_ns() // 1_000_000
             self.experiment_id = mlflow_client.ensure_experiment(self.client, self.uri, storage, study)
+            table = json.dumps({"selectedColumns": SCORES, **self.view})
+            self.client.set_experiment_tag(self.experiment_id, TABLE_TAG, table)
             ids, identity = (self.client, self.experiment_id), {"sweep": study, "sweep.role": "parent"}
             self.run_id = mlflow_client.ensure_run(*ids, f"sweep {study}", identity, now)
 
@@ -93,15 +102,12 @@ class ParentRun(Sender):
                 self.client.log_artifacts(self.run_id, str(report), "report")
             self.client.set_terminated(self.run_id, status)
 
-    def list_links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
+    def list_links(self) -> list[tuple[str, str]]:
         """Return (name, address) in the UI: of the study with its leaderboard, and of its trials."""
         if not self.run_id:
             return [("MLflow", f"nothing in {hide_password(self.uri)} yet; the same command delivers it")]
         runs = mlflow_client.format_study_url(self.uri, self.experiment_id)
-        query = {
-            "compareRunsMode": "CHART", "searchFilter": f"tags.`{TRIAL_TAG}` != ''",
-            "orderByKey": f"metrics.`{metric}`", "orderByAsc": str(not larger_is_better).lower(),
-        }  # fmt: skip
+        query = {"compareRunsMode": "CHART", **self.view, "orderByAsc": json.dumps(self.view["orderByAsc"])}
         served = mlflow_client.explain_ui(self.uri, self.storage)
         rest = ", not up to date: the same command delivers the rest" if self.is_behind else ""
         return [

@@ -339,7 +339,7 @@ def test_weights_are_copied_up_to_a_size_and_models_say_which_hold_them(sampled,
 
 
 def test_a_study_reads_its_trials_page_by_page_and_sends_each_rung_once(own_uri, tmp_path):
-    parent = tracking.ParentRun(own_uri, "study", tmp_path, warn=pytest.fail)
+    parent = tracking.ParentRun(own_uri, "study", tmp_path, pytest.fail, "fid", larger_is_better=False)
     parent.connect()
     client, search, asked = parent.client, parent.client.search_runs, []
     trials = {key: [(2, 3.5, 1)] for key in "abc"}
