@@ -31,8 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (about 6 GB, a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; use make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# Python compiles a module when it is first imported; to compile all 22,000 takes another minute.
-	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -e '.[dev,imagenet]' -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,imagenet]' -c constraints.txt
 	@touch $@
 
 run: $(READY)
