@@ -100,7 +100,8 @@ parameters and has seen {102_400_000 / twin["images"]:,.0f} times as many images
 ({twin["width"]} channels, {twin["parameters"]:,} parameters), after {twin["images"]:,} images,
 {hours:.1f} hours of two shared cores at {middle:g} images/s (median; {low:g} to {high:g}).
 [The ladder](ladder.md) trains and scores its widths and lengths; [short runs](short-runs.md) says why its samples
-are not noise, as those of [the first run](first-run.md) were.
+are not noise, as those of [the first run](first-run.md) were; [schedules and dropout](schedules-dropout.md) are
+compared by eight settings of it.
 
 ## Where it loses
 
