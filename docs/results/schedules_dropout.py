@@ -149,7 +149,7 @@ def format_page(found: dict[str, Any], done: list[dict[str, Any]], values: dict[
 
 
 def draw_lines(done: list[dict[str, Any]]) -> None:
-    """Draw a line for each trial through its settings and its scores; const's scores, which lie far off, are cut off."""
+    """Draw a line for each trial through its settings and its scores; const's, which lie far off, are cut off."""
     names = ("rate_bpd", "distortion_bpd", "nll_bpd", "fid")
     schedules = [SCHEDULES.index(trial["swept"]["diffusion.beta_schedule"]) for trial in done]
     dropouts = [DROPOUTS.index(trial["swept"]["model.dropout"]) for trial in done]
