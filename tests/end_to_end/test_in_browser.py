@@ -191,7 +191,7 @@ def click(browser: Browser, label: str) -> None:
 def test_a_person_finds_the_winner_the_trials_and_their_samples(links, ui, tmp_path: Path):
     with open_browser(tmp_path, 1500) as browser:
         browser.open(ui["grid"])
-        columns = ("nll_bpd", "loss/train", "sweep grid")
+        columns = ("nll_bpd", "loss/train", *TRIALS)
         wait_for_text(browser, lambda text: all(words in text for words in columns))
         server = ui["all"].partition("/#")[0]
         browser.open(f"{server}/{links['MLflow']}")
