@@ -39,6 +39,8 @@ VIEW = "?workflowType=machine_learning"
 # What the table shows that a link with TABLE opens: MLflow keeps it as a tag of the experiment.
 TABLE = f"{VIEW}&viewStateShareKey=scores"
 TABLE_TAG = "mlflow.sharedViewState.scores"
+# The same of a study: its trials alone, the best first.
+TRIALS, TRIALS_TAG = f"{VIEW}&viewStateShareKey=trials", "mlflow.sharedViewState.trials"
 SCORES = [f"metrics.`{name}`" for name in ("fid", "is_mean", "nll_bpd", "loss/train")]
 
 PATIENCE = 5  # seconds for a database to answer
@@ -186,8 +188,8 @@ def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str)
         found = client.get_experiment(client.create_experiment(study, place, KIND))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    if TABLE_TAG not in found.tags:
-        client.set_experiment_tag(found.experiment_id, TABLE_TAG, json.dumps({"selectedColumns": SCORES}))
+    if found.tags.get(TABLE_TAG) != (columns := json.dumps({"selectedColumns": SCORES})):
+        client.set_experiment_tag(found.experiment_id, TABLE_TAG, columns)
     return str(found.experiment_id)
 
 

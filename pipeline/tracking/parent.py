@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 from pipeline.config.checks import Tree
 from pipeline.errors import hide_password
 from pipeline.tracking import mlflow_client
-from pipeline.tracking.mlflow_client import SCORES, TABLE_TAG, VIEW, Sender, log_batches, read_pages
+from pipeline.tracking.mlflow_client import SCORES, TRIALS_TAG, VIEW, Sender, log_batches, read_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,7 +52,7 @@ class ParentRun(Sender):
             study, storage, now = self.study, self.storage, time.time_ns() // 1_000_000
             self.experiment_id = mlflow_client.ensure_experiment(self.client, self.uri, storage, study)
             table = json.dumps({"selectedColumns": SCORES, **self.view})
-            self.client.set_experiment_tag(self.experiment_id, TABLE_TAG, table)
+            self.client.set_experiment_tag(self.experiment_id, TRIALS_TAG, table)
             ids, identity = (self.client, self.experiment_id), {"sweep": study, "sweep.role": "parent"}
             self.run_id = mlflow_client.ensure_run(*ids, f"sweep {study}", identity, now)
 

@@ -62,8 +62,11 @@ def list_tables(uri: str) -> dict[str, str]:
     """List the links to the tables of runs, by the name of their study. Raises PipelineError."""
     mlflow_client.check_server(uri)
     studies = mlflow_client.read_pages(mlflow_client.create_client(uri).search_experiments)
-    tables = [study for study in studies if mlflow_client.TABLE_TAG in study.tags]
-    return {study.name: f"/{study.experiment_id}/runs{mlflow_client.TABLE}" for study in tables}
+    views = {mlflow_client.TABLE_TAG: mlflow_client.TABLE, mlflow_client.TRIALS_TAG: mlflow_client.TRIALS}
+    return {
+        study.name: f"/{study.experiment_id}/runs{views[tag]}"
+        for study in studies for tag in views if tag in study.tags
+    }  # fmt: skip
 
 
 def _require_free_port(port: int) -> None:

@@ -89,15 +89,11 @@ def test_the_server_shows_who_won_and_the_trials_side_by_side(grid, storage, cli
     rows, tags = board(storage, "grid"), parent.data.tags
     best = rows[0]
     assert parent.info.status == "FINISHED" and len(children) == 4
-    (view,) = (
-        json.loads(text)
-        for tag, text in client.get_experiment(parent.info.experiment_id).tags.items()
-        if "View" in tag
-    )
-    assert (view["orderByKey"], view["orderByAsc"], "trial" in view["searchFilter"]) == (
-        "metrics.`nll_bpd`",
-        True,
-        True,
+    view = json.loads(client.get_experiment(parent.info.experiment_id).tags["mlflow.sharedViewState.trials"])
+    assert (
+        view["orderByKey"] == "metrics.`nll_bpd`"
+        and view["orderByAsc"] is True
+        and "trial" in view["searchFilter"]
     )
     assert tags["best_trial"] == best["label"] and best["label"] in tags["mlflow.note.content"]
     assert tags["best.diffusion.beta_schedule"] == best["swept"]["diffusion.beta_schedule"]
